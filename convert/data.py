@@ -1,0 +1,149 @@
+"""From text and chat data to packed sequences of tokens."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from linearize.recipes.schema import BUILTIN_DATA, DataSource
+
+# ShareGPT's speakers; the other names (system, tool, ...) are those of chat templates already.
+ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def documents(source: DataSource, tokenizer) -> Iterator[list[int]]:
+    """Token ids of each document of a source, in its order; blank ones are left out.
+
+    A text file is one document, or several with form feeds between them. Rows of .jsonl and .parquet files and of
+    datasets on the Hub (streamed) are one document each. Every document ends with the tokenizer's eos token, where
+    it has one, and starts with bos where the tokenizer itself puts it.
+
+    Raises:
+        ValueError: the field is not in the data or holds neither text nor chat messages, the tokenizer has no
+            template for chat data, or there are no documents.
+    """
+    empty = True
+    for value in _values(source):
+        if not value or isinstance(value, str) and not value.strip():
+            continue
+        if isinstance(value, str):
+            ids = tokenizer(value, verbose=False)["input_ids"]
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            ids = tokenizer.apply_chat_template(_messages(value, source, tokenizer), return_dict=False)
+        else:
+            raise ValueError(
+                f"field {source.field!r} of {source.source} holds {type(value).__name__}, not text or chat messages"
+            )
+        if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, tokenizer.eos_token_id]
+        empty = False
+        yield ids
+    if empty:
+        raise ValueError(f"{source.source} has no documents")
+
+
+def _values(source: DataSource) -> Iterator[str | list | None]:
+    path = BUILTIN_DATA.get(source.source, Path(source.source))
+    if path.suffix == ".txt":
+        yield from path.read_text("utf-8").split("\f")
+        return
+
+    from datasets import load_dataset
+
+    if path.suffix in (".jsonl", ".parquet"):
+        kind = "json" if path.suffix == ".jsonl" else "parquet"
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    else:
+        rows = load_dataset(source.source, source.name, split=source.split, streaming=True)
+    for row in rows:
+        if source.field not in row:
+            raise ValueError(f"{source.source} has no field {source.field!r}; its fields are {', '.join(row)}")
+        yield row[source.field]
+
+
+def _messages(value: list[dict], source: DataSource, tokenizer) -> list[dict]:
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{source.source} holds chat messages, but the tokenizer has no chat template")
+    if "role" in value[0]:
+        return value
+    if not {"from", "value"} <= set(value[0]):
+        raise ValueError(
+            f"field {source.field!r} of {source.source} holds messages of {', '.join(value[0])}, "
+            "not of role, content or from, value"
+        )
+    return [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
+
+
+def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Sequences of `length` tokens, filled with one document after the other.
+
+    A document that a sequence's end cuts goes on in the next sequence as a document of its own. What does not fill
+    the last sequence is dropped.
+
+    Yields:
+        `input_ids` [length]; `position_ids` [length], which start at 0 with every document; `labels` [length], the
+        input ids except -100 at every document's first token, which nothing of the same document predicts.
+
+    Raises:
+        ValueError: there are fewer than `length` tokens in all.
+    """
+    ids, positions = [], []
+    full = False
+    for document in documents:
+        start = 0
+        while start < len(document):
+            piece = document[start : start + length - len(ids)]
+            start += len(piece)
+            ids += piece
+            positions += range(len(piece))
+            if len(ids) == length:
+                full = True
+                input_ids, position_ids = torch.tensor(ids), torch.tensor(positions)
+                labels = input_ids.masked_fill(position_ids == 0, -100)
+                yield {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+                ids, positions = [], []
+    if not full:
+        raise ValueError(f"the data has {len(ids)} tokens, but one sequence needs {length}")
+
+
+class PackedDataset(Dataset):
+    """The first `size` packed sequences of some sources; where there are fewer, they repeat in the same order.
+
+    Item i is the same on every run, so training resumes exactly from an index. Documents of several sources take
+    turns, and no more of them are read than the sequences need.
+
+    Args:
+        sources: where the documents come from.
+        tokenizer: turns them into tokens.
+        length: tokens per sequence.
+        size: sequences asked for, e.g. steps * batch_size.
+
+    Raises:
+        ValueError: as in `documents` and `pack`.
+    """
+
+    def __init__(self, sources: Sequence[DataSource], tokenizer, length: int, size: int):
+        turns = chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources)))
+        self.sequences = list(islice(pack(filter(None, turns), length), size))
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.sequences[index % len(self.sequences)]
+
+
+def check_tokenizer(tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer whose ids do not all have a row in the model's embedding.
+
+    Raises:
+        ValueError: the largest id is `vocab_size` or more.
+    """
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > vocab_size:
+        raise ValueError(f"tokenizer has {tokens} tokens but the model's embedding has {vocab_size} rows")

@@ -1,0 +1,150 @@
+"""One augmented linear attention layer: parameters, and the way from q, k, v to outputs with or without a cache."""
+
+import torch
+from torch import Tensor, nn
+
+from .cache import LinearCacheLayer
+from .config import LinearAttentionConfig
+from .feature_maps import FEATURE_MAPS
+from .kernels import Problem, Weights, augmented_attention
+from .tokens import Tokens, locate
+
+BRANCHES = frozenset({"local", "linear", "conv"})
+
+
+class LinearAttention(nn.Module):
+    """Replaces softmax(QK^T)V in one attention module; projections stay where they are.
+
+    Parameters are fp32 masters whatever the model's dtype. H query heads share H_kv key heads, and the state is per
+    key head.
+
+    Attributes:
+        backend: name of a kernel backend, or "auto".
+        branches: which of `BRANCHES` take part; evaluation switches them off one by one.
+    """
+
+    def __init__(self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.config = config
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.backend = "auto"
+        self.branches = BRANCHES
+        if config.feature_map is not None:
+            feature_map = FEATURE_MAPS[config.feature_map]
+            self.phi_q = feature_map(heads, head_dim, config.feature_dim)
+            self.phi_k = feature_map(kv_heads, head_dim, config.feature_dim)
+            self.features = self.phi_k.dim
+            if config.combine == "sum":
+                self.alpha = nn.Parameter(torch.zeros(heads))
+            elif config.far_weight == "learned":
+                self.lam = nn.Parameter(torch.zeros(heads))
+            elif config.window is not None:
+                # sigmoid(-2.197) = 0.1, LoLCATs' published start.
+                self.gate = nn.Parameter(torch.full((heads,), -2.197))
+        else:
+            self.features = 0
+        if config.conv_taps:
+            self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps))
+
+    def weights(self) -> Weights:
+        """The scalars of the layer's formula, with the branches that are switched off set to zero."""
+        some = next(self.parameters(), None)
+        one = torch.ones(self.heads, device=None if some is None else some.device)
+        near, far = one, one
+        if hasattr(self, "gate"):
+            near = self.gate.sigmoid()
+        elif hasattr(self, "lam"):
+            # lam >= 0 keeps the denominator positive; the gradient passes the bound, or a head at 0 would stay there.
+            far = self.lam + (self.lam.clamp(min=0) - self.lam).detach()
+        elif hasattr(self, "alpha"):
+            far = self.alpha
+        return Weights(
+            near=near if "local" in self.branches else near * 0,
+            far=far if "linear" in self.branches else far * 0,
+            conv=self.conv if self.config.conv_taps and "conv" in self.branches else None,
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        raw_q: Tensor | None = None,
+        raw_k: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: LinearCacheLayer | None = None,
+        ancestors: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs [B, H, T, D_v].
+
+        Args:
+            q: [B, H, T, D]; k: [B, H_kv, T, D]; v: [B, H_kv, T, D_v], un-repeated, after the rotary embedding.
+            scale: of the softmax scores.
+            raw_q, raw_k: the same before the rotary embedding, where the model has one and `config.rope` is `before`.
+            segments: [B, T] integers, 0 for padding, one value per document; None: neither padding nor packing.
+            cache: continued from and added to. Without one the sequence stands alone.
+            ancestors: [T, T] bool, True where node j is an ancestor of node i or i itself: the tokens are nodes of a
+                draft tree behind the cached tokens, verified but not added; `cache.accept` adds a path of them.
+
+        Raises:
+            ValueError: for a tree without a cache.
+        """
+        if ancestors is not None and cache is None:
+            raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
+        keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
+        phi_q = phi_k = None
+        if self.features:
+            phi_q = self.phi_q(q if raw_q is None else raw_q)
+
+        if cache is None:
+            tokens, state = self._locate(k, segments, None), None
+        else:
+            if not cache.is_initialized:
+                some_phi = self.phi_k(k[:, :, :1]) if self.features else None
+                cache.lazy_initialization(keys, some_phi)
+            new = self._locate(k, segments, cache)
+            if ancestors is not None:
+                new.position = cache.length[:, None] + ancestors.sum(-1) - 1
+            keys, past = cache.recall(keys)
+            tokens = Tokens(
+                torch.cat([past.document, new.document], dim=1), torch.cat([past.position, new.position], dim=1)
+            )
+            state = cache.state
+        if self.features:
+            phi_k = self.phi_k(keys.get("raw", keys["k"]))
+
+        out = augmented_attention(
+            Problem(
+                q=q,
+                k=keys["k"],
+                v=keys["v"],
+                phi_q=phi_q,
+                phi_k=phi_k,
+                keys=tokens,
+                state=state,
+                ancestors=ancestors,
+                config=self.config,
+                weights=self.weights(),
+                scale=scale,
+            ),
+            self.backend,
+        )
+        if ancestors is not None:
+            cache.draft = (keys, phi_k, tokens)
+        elif cache is not None:
+            cache.append(keys, phi_k, tokens, segments)
+        return out
+
+    def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
+        batch, _, length, _ = k.shape
+        past = torch.zeros(batch, dtype=torch.long, device=k.device) if cache is None else cache.length
+        if segments is None:
+            position = past[:, None] + torch.arange(length, device=k.device)
+            return Tokens(torch.zeros_like(position), position)
+        past_segment = torch.zeros_like(past) if cache is None else cache.segment
+        return locate(segments, past_segment, past)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}"

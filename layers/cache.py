@@ -1,0 +1,228 @@
+"""What generation remembers: per layer one state, the sinks, and one ring of recent raw keys and values.
+
+Bytes do not depend on how many tokens were seen. Only a token that has left every window, and the `slack` behind it,
+enters the state; so the state is read-only for draft trees, and `crop` moves a cursor.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from .config import LinearAttentionConfig
+from .kernels import State
+from .tokens import PADDING, Tokens
+
+
+class LinearCacheLayer(CacheLayerMixin):
+    """The memory of one layer. B rows, R = `config.ring_size` ring slots, s sinks.
+
+    Attributes:
+        ring: name -> [B, H_kv, R, ..] of `k` (after the rotary embedding), `raw` (before it, where it differs) and
+            `v`; the first `count` slots of a row hold its latest tokens, oldest first.
+        sinks: the same names, [B, H_kv, s, ..]: the sinks that have left the ring.
+        state: sums over all other tokens that have left the ring, or None without far branch.
+        length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
+        seen: columns of input so far, padding included; what transformers calls the sequence length.
+    """
+
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, config: LinearAttentionConfig):
+        super().__init__()
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.ring: dict[str, Tensor] = {}
+        self.sinks: dict[str, Tensor] = {}
+        self.state: State | None = None
+        self.draft: tuple[dict[str, Tensor], Tensor | None, Tokens] | None = None
+        self.seen = 0
+
+    def lazy_initialization(self, new: dict[str, Tensor], phi_k: Tensor | None) -> None:
+        first = new["v"]
+        batch, heads, _, value_dim = first.shape
+
+        def empty(slots):
+            return {name: x.new_zeros(batch, heads, slots, x.shape[-1]) for name, x in new.items()}
+
+        self.ring, self.sinks = empty(self.config.ring_size), empty(self.config.sinks)
+        if phi_k is not None:
+            # bf16 sums stop growing after some 2^8 increments.
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            features = phi_k.shape[-1]
+            self.state = State(
+                first.new_zeros(batch, heads, features, value_dim, dtype=dtype),
+                first.new_zeros(batch, heads, features, dtype=dtype),
+            )
+        self.length, self.count, self.segment = (
+            torch.zeros(batch, dtype=torch.long, device=first.device) for _ in range(3)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Hands new keys and values through: the attention function called next does the work, with queries."""
+        return key_states, value_states
+
+    def recall(self, new: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tokens]:
+        """Sinks and ring followed by `new`, and document and position of the remembered part."""
+        slot = torch.arange(self.config.ring_size, device=self.length.device)
+        position = (self.length - self.count)[:, None] + slot
+        sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
+        held = torch.cat([sink < (self.length - self.count)[:, None], slot < self.count[:, None]], dim=1)
+        tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
+        return {name: torch.cat([self.sinks[name], self.ring[name], x], dim=2) for name, x in new.items()}, tokens
+
+    def append(self, keys: dict[str, Tensor], phi_k: Tensor | None, tokens: Tokens, segments: Tensor | None) -> None:
+        """Take in the new tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
+
+        Args:
+            phi_k: [B, H_kv, K, F] of all keys; tokens: of all keys; segments: [B, T] of the new ones.
+        """
+        remembered = self.config.sinks + self.config.ring_size
+        document, position = tokens.document, tokens.position
+        current = document[:, remembered:].amax(1, keepdim=True).clamp(min=0)
+        continues = (current == 0).squeeze(1)
+        added = (document[:, remembered:] == current).sum(1)
+        self.length = self.length * continues + added
+        self.count = (self.count * continues + added).clamp(max=self.config.ring_size)
+        start = (self.length - self.count)[:, None]
+
+        belongs = document == current
+        leaves = belongs & (position < start)
+        is_sink = position < self.config.sinks
+        if phi_k is not None:
+            folded = phi_k.to(self.state.S.dtype) * (leaves & ~is_sink)[:, None, :, None]
+            keep = continues[:, None, None]
+            self.state = State(
+                self.state.S * keep[..., None] + folded.mT @ keys["v"].to(folded.dtype),
+                self.state.z * keep + folded.sum(2),
+            )
+        self.ring = _place(keys, belongs & ~leaves, position - start, self.config.ring_size)
+        self.sinks = _place(keys, leaves & is_sink, position, self.config.sinks)
+        if segments is None:
+            self.segment = torch.ones_like(self.segment)
+        else:
+            index = torch.arange(segments.shape[1], device=segments.device)
+            last = torch.where(segments > 0, index, -1).amax(1)
+            latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
+            self.segment = torch.where(last >= 0, latest, self.segment)
+        self.seen += document.shape[1] - remembered
+
+    def accept(self, path: Tensor) -> None:
+        """Commit nodes of the tree that the last forward verified.
+
+        Args:
+            path: [B, n] node indices from the root on; -1 fills rows that accept fewer.
+        """
+        keys, phi_k, tokens = self.draft
+        self.draft = None
+        remembered = self.config.sinks + self.config.ring_size
+
+        def pick(x):
+            index = (remembered + path.clamp(min=0))[:, None, :, None]
+            return torch.cat([x[:, :, :remembered], torch.take_along_dim(x, index, dim=2)], dim=2)
+
+        accepted = torch.where(path >= 0, 0, PADDING)
+        depth = torch.arange(path.shape[1], device=path.device)
+        tokens = Tokens(
+            torch.cat([tokens.document[:, :remembered], accepted], dim=1),
+            torch.cat([tokens.position[:, :remembered], self.length[:, None] + depth], dim=1),
+        )
+        keys = {name: pick(x) for name, x in keys.items()}
+        self.append(keys, None if phi_k is None else pick(phi_k), tokens, None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of every row, exactly.
+
+        Raises:
+            ValueError: when tokens that a window would need again are already folded into the state.
+        """
+        remove = -tokens_to_remove
+        if remove < 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass minus the number of tokens to remove")
+        if remove == 0 or not self.is_initialized:
+            return
+        length, count = self.length - remove, self.count - remove
+        needed = torch.where(self.length > self.count, length.clamp(max=self.config.reach), 0)
+        if (count < needed).any() or (length < 0).any():
+            raise ValueError(
+                f"crop({tokens_to_remove}): only {self.config.slack} tokens can be taken back once the ring is full; "
+                "configure the layer with a larger slack"
+            )
+        self.length, self.count = length, count
+        self.seen -= remove
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        self.ring = {name: function(x) for name, x in self.ring.items()}
+        self.sinks = {name: function(x) for name, x in self.sinks.items()}
+        if self.state is not None:
+            self.state = State(function(self.state.S), function(self.state.z))
+        self.length, self.count, self.segment = function(self.length), function(self.count), function(self.segment)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.ring.values(), *self.sinks.values()]
+        if self.state is not None:
+            tensors += [self.state.S, self.state.z]
+        return sum(x.nbytes for x in tensors)
+
+
+class LinearCache(Cache):
+    """The cache of a linearized model: a `LinearCacheLayer` where attention is linear, and whatever transformers
+    uses for the model's other layers (short convolutions and the like).
+    """
+
+    def __init__(self, model):
+        config = model.config.get_text_config(decoder=True)
+        layers = DynamicCache(config=config).layers
+        for layer_idx, attention in model.linear_attentions().items():
+            while len(layers) <= layer_idx:
+                layers.append(None)
+            layers[layer_idx] = LinearCacheLayer(attention.config)
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the linear layers."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LinearCacheLayer))
+
+    def accept(self, path: Tensor) -> None:
+        """`LinearCacheLayer.accept` on every linear layer."""
+        for layer in self.layers:
+            if isinstance(layer, LinearCacheLayer):
+                layer.accept(path)
+
+
+def _place(keys: dict[str, Tensor], chosen: Tensor, slot: Tensor, slots: int) -> dict[str, Tensor]:
+    """[B, H_kv, slots, ..] with the `chosen` [B, K] tokens at their `slot`; other slots hold anything."""
+    batch, length = chosen.shape
+    source = torch.zeros(batch, slots + 1, dtype=torch.long, device=chosen.device)
+    index = torch.arange(length, device=chosen.device).expand(batch, -1)
+    source = source.scatter(1, torch.where(chosen, slot, slots), index)[:, None, :slots, None]
+    return {name: torch.take_along_dim(x, source, dim=2) for name, x in keys.items()}

@@ -1,0 +1,96 @@
+"""What one augmented linear attention layer is: its configuration and the named presets."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+FeatureMapName = Literal[
+    "identity", "l2", "relu", "elu1", "exp", "hedgehog", "t2r", "favor", "rfa", "cosine", "taylor", "dpfp"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig:
+    """One layer, `o = local softmax over near keys + linear attention over far keys + convolution of values`.
+
+    Attributes:
+        window: how near keys are chosen: `sliding` (p_i - p_j < size), `block` (same group of `window_size`,
+            Linearized-LLM), `terrace` (own and previous group, LoLCATs), or None: every key is far.
+        window_size: tokens (w or G).
+        sinks: the first tokens of each document stay near for ever.
+        feature_map: phi of the far branch, or None for no far branch.
+        feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes the map's own default.
+        rope: whether phi sees q, k `before` or `after` the rotary embedding.
+        combine: `shared` puts near and far under one denominator (LoLCATs); `sum` adds the far output, scaled by
+            a learned alpha per head that starts at 0, to the softmax output (Linearized-LLM).
+        norm: divides the far output where `combine` is `sum`.
+        far_weight: where `combine` is `shared`: `one` learns the gate g on the near branch and leaves the far
+            branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head that starts at 0.
+        conv_taps: K, causal taps of the depthwise convolution on v (one filter per query head, zero at start).
+        slack: recent tokens that the cache keeps beyond the window: the longest exact `crop` and the deepest tree.
+
+    Raises:
+        ValueError: naming the field, when the values contradict each other.
+    """
+
+    window: Literal["sliding", "block", "terrace"] | None = "sliding"
+    window_size: int = 64
+    sinks: int = 4
+    feature_map: FeatureMapName | None = "hedgehog"
+    feature_dim: int | None = None
+    rope: Literal["before", "after"] = "before"
+    combine: Literal["shared", "sum"] = "shared"
+    norm: Literal["sum", "count", "rms", "none"] = "sum"
+    far_weight: Literal["one", "learned"] = "learned"
+    conv_taps: int = 32
+    slack: int = 64
+
+    def __post_init__(self):
+        if self.window is not None and self.window_size < 1:
+            raise ValueError(f"window_size: {self.window_size} keeps no token near; use 1 or more, or window: null")
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise ValueError(f"feature_dim: {self.feature_dim} leaves phi empty; use 1 or more, or feature_map: null")
+        for name in ("sinks", "conv_taps", "slack"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
+        if self.window is None and self.feature_map is None:
+            raise ValueError("feature_map: without a window and without a feature map nothing attends; set one of them")
+        if self.sinks and self.window is None:
+            raise ValueError(f"sinks: {self.sinks} sinks need a window; set window or sinks: 0")
+        if self.window is not None and self.sinks > self.window_size:
+            raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
+
+    @property
+    def reach(self) -> int:
+        """How many tokens before a query the window or the convolution may still look at."""
+        window = {None: 0, "sliding": self.window_size - 1, "block": self.window_size - 1,
+                  "terrace": 2 * self.window_size - 1}[self.window]
+        return max(window, self.conv_taps - 1)
+
+    @property
+    def ring_size(self) -> int:
+        """Recent tokens the cache keeps raw."""
+        return self.reach + self.slack
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+PRESETS: dict[str, LinearAttentionConfig] = {
+    # The union of both papers; starts as plain window + sinks.
+    "augmented": LinearAttentionConfig(),
+    # Linearized-LLM as its text describes it (arXiv 2406.07368, section 4).
+    "augmented-icml": LinearAttentionConfig(
+        window="block", sinks=0, feature_map="elu1", rope="after", combine="sum", norm="sum"
+    ),
+    # LoLCATs (arXiv 2410.10254): window of the own and the previous 64-token block, gate, no convolution.
+    "lolcats": LinearAttentionConfig(
+        window="terrace", sinks=0, feature_map="hedgehog", rope="after", far_weight="one", conv_taps=0
+    ),
+    # Hedgehog (arXiv 2402.04347) and T2R (arXiv 2103.13076): linear attention alone.
+    "hedgehog": LinearAttentionConfig(
+        window=None, sinks=0, feature_map="hedgehog", rope="after", far_weight="one", conv_taps=0
+    ),
+    "t2r": LinearAttentionConfig(window=None, sinks=0, feature_map="t2r", rope="after", far_weight="one", conv_taps=0),
+    # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
+    "swa": LinearAttentionConfig(feature_map=None, conv_taps=0),
+}

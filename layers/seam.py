@@ -1,0 +1,293 @@
+"""Where the layer meets transformers: no line here knows a model family.
+
+Attention modules that call transformers' attention interface are found by that call. Each gets a `linear_attention`
+submodule and a forward pre-hook; the interface is pointed at the function below. The hook keeps what the interface
+does not pass on: the cache, and the rotary embedding, which it takes away from the family's own code (cos 1, sin 0)
+so that q and k arrive un-rotated; the rotation that the window needs is done here, by the family's own function.
+"""
+
+import inspect
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.generation import GenerationMode
+
+from .attention import LinearAttention
+from .cache import LinearCache, LinearCacheLayer
+from .config import LinearAttentionConfig
+from .tokens import segments_from_cu_seqlens
+
+IMPLEMENTATION = "linearize"
+# Attention implementations under which the hook is at work; the transfer stage registers a second one.
+IMPLEMENTATIONS = {IMPLEMENTATION}
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention cannot be replaced; the message names the module class."""
+
+
+@dataclass
+class Call:
+    """What one call of an attention module keeps for its attention function."""
+
+    cache: LinearCacheLayer | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """layer_idx -> self-attention module that goes through transformers' attention interface.
+
+    Raises:
+        UnsupportedModelError: naming the first class whose attention does not, or cannot be replaced.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        is_attention = type(module).__name__.endswith(("Attention", "SelfAttention"))
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        uses_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+        if isinstance(module, LinearAttention) or not (is_attention or uses_interface):
+            continue
+        reason = None
+        if not uses_interface:
+            # A wrapper around the real attention module (as BERT's) is no obstacle, nor is another kind of mixer.
+            if any(type(child).__name__.endswith("Attention") for child in module.modules() if child is not module):
+                continue
+            reason = "does not go through transformers' attention interface"
+        elif not isinstance(getattr(module, "layer_idx", None), int):
+            reason = "has no layer index"
+        elif not getattr(module, "is_causal", True):
+            reason = "is not causal"
+        elif getattr(module, "is_cross_attention", False):
+            reason = "attends to another sequence"
+        elif hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
+            reason = "compresses its keys (multi-head latent attention)"
+        elif module.layer_idx in found:
+            reason = f"shares layer index {module.layer_idx} with another attention module"
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot be linearized: {type(module).__name__} at {name} {reason}"
+            )
+        found[module.layer_idx] = module
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be linearized: none of its modules goes through transformers' attention "
+            f"interface (its blocks are {', '.join(sorted({type(m).__name__ for m in model.modules() if hasattr(m, 'layer_idx')})) or 'unnamed'})"
+        )
+    return found
+
+
+def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
+    """Query heads, key heads and head dimension of an attention module, from it or its model's configuration."""
+    heads = config.num_attention_heads
+    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    if hasattr(module, "num_key_value_groups"):
+        return heads, heads // module.num_key_value_groups, head_dim
+    if getattr(config, "multi_query", False):
+        return heads, 1, head_dim
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+class LinearizedMixin:
+    """A transformers causal language model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
+
+    `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`).
+    """
+
+    # Masters stay fp32 when the model is loaded in half precision.
+    _keep_in_fp32_modules_strict = {"linear_attention"}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        _install(self, LinearAttentionConfig(**config.linear_attention))
+
+    def linear_attentions(self) -> dict[int, LinearAttention]:
+        """layer_idx -> layer."""
+        return {index: module.linear_attention for index, module in attention_modules(self).items()}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        wants_cache = generation_config.use_cache is not False and generation_mode != GenerationMode.CONTRASTIVE_SEARCH
+        if wants_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LinearCache(self)
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+
+def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`base` with `LinearizedMixin` in front."""
+    return type(f"Linearized{base.__name__}", (LinearizedMixin, base), {"__module__": __name__})
+
+
+def install(model: PreTrainedModel, config: LinearAttentionConfig) -> PreTrainedModel:
+    """Give every attention module of `model` a `LinearAttention` and switch to it, in place.
+
+    What was installed before is replaced.
+
+    Raises:
+        UnsupportedModelError: when an attention module cannot be replaced; the model is untouched then.
+        ValueError: when `config` does not fit the model's heads.
+    """
+    if not isinstance(model, LinearizedMixin):
+        attention_modules(model)
+        model.__class__ = linearized_class(type(model))
+    model.config.linear_attention = config.to_dict()
+    _install(model, config)
+    return model
+
+
+def _install(model: PreTrainedModel, config: LinearAttentionConfig) -> None:
+    text_config = model.config.get_text_config(decoder=True)
+    layers = {}
+    for index, module in attention_modules(model).items():
+        layers[index] = LinearAttention(config, *head_shape(module, text_config))
+    for index, module in attention_modules(model).items():
+        device = next(module.parameters()).device
+        if not hasattr(module, "linear_attention"):
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        module.linear_attention = layers[index].to(device)
+    if not hasattr(model, "_linearize_hook"):
+        model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Stock forwards would make a softmax cache; a linearized model makes its own."""
+    if model.config._attn_implementation != IMPLEMENTATION:
+        return args, kwargs
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(model.config, "use_cache", True) and not model.training
+        # Nobody continues a row of packed documents, and with a cache transformers does not look for them.
+        position_ids = kwargs.get("position_ids")
+        if kwargs.get("attention_mask") is None and position_ids is not None and (position_ids.diff() != 1).any():
+            use_cache = False
+        kwargs["use_cache"] = use_cache
+        if use_cache:
+            kwargs["past_key_values"] = LinearCache(model)
+    elif not isinstance(cache, LinearCache):
+        raise TypeError(
+            f"a linearized model cannot continue from {type(cache).__name__}: pass LinearCache(model), or no cache"
+        )
+    return args, kwargs
+
+
+class _Watch(TorchFunctionMode):
+    """Notices whether a tensor is used; entered for one call of an attention module, left by its attention function."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.tensor, self.used = tensor, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.used = self.used or any(x is self.tensor for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if module.config._attn_implementation not in IMPLEMENTATIONS:
+        return args, kwargs
+    linear = module.linear_attention
+    call = linear.call = Call()
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, LinearCache):
+            call.cache = value.layers[module.layer_idx]
+    rotary = kwargs.get("position_embeddings")
+    # Some layers of some families are handed an embedding that they do not apply.
+    rotates = getattr(linear, "rotates", None)
+    if linear.config.rope == "before" and rotary is not None and rotates is not False:
+        call.rotary = rotary
+        cos = torch.ones_like(rotary[0])
+        kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
+        if rotates is None:
+            linear.watch = _Watch(cos)
+            linear.watch.__enter__()
+    return args, kwargs
+
+
+@dataclass
+class Inputs:
+    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same."""
+
+    q: Tensor
+    k: Tensor
+    raw_q: Tensor | None
+    raw_k: Tensor | None
+    cache: LinearCacheLayer | None
+    segments: Tensor | None
+
+
+def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Inputs:
+    """What the hook kept for this call, put together with what the interface passed.
+
+    Raises:
+        ValueError: for a 4-D mask, or keys of a softmax cache.
+    """
+    linear = module.linear_attention
+    call, linear.call = linear.call, None
+    if getattr(linear, "watch", None) is not None:
+        linear.watch.__exit__(None, None, None)
+        linear.rotates, linear.watch = linear.watch.used, None
+        if not linear.rotates:
+            call.rotary = None
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"a linearized model keeps no softmax cache: layer {module.layer_idx} got {key.shape[2]} keys for "
+            f"{query.shape[2]} tokens; pass LinearCache(model), or no cache"
+        )
+    segments = attention_mask
+    if segments is not None and segments.dim() != 2:
+        raise ValueError("linear attention takes a 2-D padding mask or position_ids of packed documents, not a 4-D mask")
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if segments is None and cu_seqlens is not None and call.cache is None:
+        segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
+    if call.rotary is None:
+        return Inputs(query, key, None, None, call.cache, segments)
+    cos, sin = call.rotary
+    size = cos.shape[-1]
+    rotate = sys.modules[inspect.unwrap(type(module).forward).__module__].apply_rotary_pos_emb
+    q, k = rotate(query[..., :size], key[..., :size], cos, sin)
+    q, k = torch.cat([q, query[..., size:]], dim=-1), torch.cat([k, key[..., size:]], dim=-1)
+    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments)
+
+
+def linear_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The attention function: [B, H, T, D], [B, H_kv, T, D] x 2 -> ([B, T, H, D_v], None)."""
+    inputs = take_inputs(module, query, key, attention_mask, kwargs)
+    out = module.linear_attention(
+        inputs.q,
+        inputs.k,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        raw_q=inputs.raw_q,
+        raw_k=inputs.raw_k,
+        segments=inputs.segments,
+        cache=inputs.cache,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def segments_mask(batch_size, q_length, kv_length, mask_function, q_offset=0, attention_mask=None, device=None, **kwargs):
+    """The mask function: segments [B, T] of the new tokens (see `tokens`), or None if they need none.
+
+    Packed documents show in transformers' own mask function: a token does not see its left neighbour.
+    """
+    if attention_mask is not None:
+        segments = attention_mask[:, -q_length:].long()
+        return None if segments.bool().all() else segments
+    if q_length == 1 or kv_length != q_length:
+        return None
+    row = torch.arange(batch_size, device=device)[:, None]
+    index = torch.arange(1, q_length, device=device)[None]
+    sees_neighbour = mask_function(row, 0, index, index - 1).expand(batch_size, -1)
+    if sees_neighbour.all():
+        return None
+    return nn.functional.pad((~sees_neighbour).long().cumsum(1), (1, 0)) + 1
+
+
+AttentionInterface.register(IMPLEMENTATION, linear_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, segments_mask)

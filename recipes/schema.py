@@ -1,0 +1,305 @@
+"""What a recipe may say: typed sections that check everything that can be checked offline, without torch."""
+
+import importlib.util
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+
+BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
+FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def package_file(source: str) -> Path:
+    """Path of the file that `package:<import_name>/<file>` names; the package itself is not imported.
+
+    Raises:
+        ValueError: the package is not installed, or does not hold the file.
+    """
+    package, _, file = source.removeprefix("package:").partition("/")
+    if not package.isidentifier() or not file:
+        raise ValueError(f"{source!r} is not of the form package:<import_name>/<file>")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ValueError(f"package {package} is not installed; try pip install {package}")
+    for folder in spec.submodule_search_locations or []:
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ValueError(f"package {package} is installed but holds no file {file}")
+
+
+def _check_model_source(source: str) -> str:
+    if source.startswith("package:"):
+        package_file(source)
+    elif source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise ValueError(f"no such file: {source}")
+    elif (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+        # A Hub id has one slash at most and starts with a letter or digit.
+        raise ValueError(f"no such directory: {source}")
+    return source
+
+
+ModelSource = Annotated[Text, AfterValidator(_check_model_source)]
+
+
+class Section(BaseModel):
+    """Base of all sections: nothing unknown, nothing converted (`"8"` is no number), nothing changed later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Where the model comes from.
+
+    Attributes:
+        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<file>`.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights in memory.
+        tokenizer: a model source to take the tokenizer from; None takes the model's own.
+        license: for the model card, e.g. `apache-2.0`.
+        base_model: Hub id that the card names where `source` is a file.
+    """
+
+    source: ModelSource
+    revision: Text | None = None
+    dtype: Dtype = "float32"
+    tokenizer: ModelSource | None = None
+    license: Text | None = None
+    base_model: Text | None = None
+
+
+_attention_fields = {field.name: (field.type, field.default) for field in fields(LinearAttentionConfig)}
+
+
+class AttentionSection(create_model("_AttentionFields", __base__=Section, **_attention_fields)):
+    """A preset and what differs from it: `preset` plus any field of `LinearAttentionConfig`."""
+
+    preset: Literal[*PRESETS] = "augmented"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset", cls.model_fields["preset"].default)
+        known = isinstance(preset, str) and preset in PRESETS
+        return {**PRESETS[preset].to_dict(), **value} if known else value
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> "AttentionSection":
+        _ = self.config
+        return self
+
+    @property
+    def config(self) -> LinearAttentionConfig:
+        """The layer's configuration, preset and overrides merged."""
+        return LinearAttentionConfig(**self.model_dump(exclude={"preset"}))
+
+
+class DataSource(Section):
+    """One corpus.
+
+    Attributes:
+        source: `builtin:train`, `builtin:heldout`, a .txt, .jsonl or .parquet file, or a dataset's Hub id.
+        name: the dataset's configuration on the Hub.
+        split: the dataset's split on the Hub.
+        field: column with text, or with chat messages (`role`/`content`, or ShareGPT's `from`/`value`).
+    """
+
+    source: Text
+    name: Text | None = None
+    split: Text = "train"
+    field: Text = "text"
+
+    @field_validator("source")
+    @classmethod
+    def _exists(cls, source: str) -> str:
+        if source.startswith("builtin:") and source not in BUILTIN_DATA:
+            raise ValueError(f"no data set {source}; there are {' and '.join(BUILTIN_DATA)}")
+        if source.endswith(FILE_SUFFIXES):
+            if not Path(source).is_file():
+                raise ValueError(f"no such file: {source}")
+            if not Path(source).stat().st_size:
+                raise ValueError(f"the file is empty: {source}")
+        return source
+
+
+# One source may be written without the list.
+DataSources = Annotated[
+    list[DataSource], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
+]
+
+
+class DataSection(Section):
+    """What to train on and what to measure on; each is a list after loading, one source or several."""
+
+    train: DataSources
+    heldout: DataSources
+
+
+class Training(Section):
+    """What every training stage has.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences per optimizer step.
+        micro_batch_size: sequences per forward pass; divides `batch_size`. None takes them all at once.
+        length: tokens per packed sequence.
+        lr: peak learning rate.
+        weight_decay: of AdamW.
+        warmup_steps: steps of linear warm-up.
+        schedule: of the learning rate after the warm-up.
+        save_every: steps between checkpoints.
+        bf16: compute under bfloat16 autocast.
+    """
+
+    steps: Positive
+    batch_size: Positive = 8
+    micro_batch_size: Positive | None = None
+    length: Annotated[int, Field(ge=2)] = 1024
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    save_every: Positive = 100
+    bf16: bool = False
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _divides(cls, micro: int | None, info: ValidationInfo) -> int | None:
+        batch = info.data.get("batch_size")
+        if micro and batch and batch % micro:
+            raise ValueError(f"{micro} does not divide the batch_size of {batch}")
+        return micro
+
+
+class TransferSection(Training):
+    """Attention transfer: the new layers learn the softmax layers' outputs, everything else stays frozen."""
+
+    objective: Literal["output_mse"] = "output_mse"
+    lr: Annotated[float, Field(gt=0)] = 1e-2
+
+
+class FinetuneSection(Training):
+    """End-to-end finetuning of the converted model.
+
+    Attributes:
+        method: `lora` adapters or `full` weights.
+        rank: of the adapters.
+        alpha: scale of the adapters, as in LoRA.
+        targets: names of the linear modules that get an adapter.
+        train_attention: also train what the linear attention layers added.
+        next_token: weight of the next-token cross-entropy.
+        distill: weight of the KL divergence from the same model in softmax mode.
+        deepspeed: path of a DeepSpeed JSON configuration.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    targets: Annotated[list[Text], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    train_attention: bool = True
+    next_token: Annotated[float, Field(ge=0)] = 1.0
+    distill: Annotated[float, Field(ge=0)] = 0.0
+    deepspeed: Text | None = None
+    gradient_checkpointing: bool = False
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+    @field_validator("distill")
+    @classmethod
+    def _some_loss(cls, distill: float, info: ValidationInfo) -> float:
+        if not distill and info.data.get("next_token") == 0:
+            raise ValueError("next_token and distill are both 0, so there is no loss; give one of them a weight")
+        return distill
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_exists(cls, path: str | None) -> str | None:
+        if path and not Path(path).is_file():
+            raise ValueError(f"no such file: {path}")
+        return path
+
+
+class MedusaSection(Training):
+    """Medusa heads for speculative decoding.
+
+    Attributes:
+        heads: head i, counted from 0, predicts the token i + 1 places after the next one.
+        projection: whether the heads share the model's output projection or own one each.
+        decay: the loss of head i is weighted by `decay ** i`.
+    """
+
+    heads: Positive = 4
+    projection: Literal["shared", "own"] = "shared"
+    decay: Annotated[float, Field(gt=0)] = 0.8
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class EvaluateSection(Section):
+    """Measurements on the held-out data: `tokens` in all, in sequences of `length`."""
+
+    tokens: Positive = 8192
+    length: Annotated[int, Field(ge=2)] = 1024
+
+    @field_validator("length")
+    @classmethod
+    def _fits(cls, length: int, info: ValidationInfo) -> int:
+        if length > info.data.get("tokens", length):
+            raise ValueError(f"one sequence of {length} is longer than the {info.data['tokens']} tokens to measure on")
+        return length
+
+
+class ExportSection(Section):
+    """The published directory: largest file (`5GB`, `500MB`) and dtype of the weights, None as in memory."""
+
+    max_shard_size: str = "5GB"
+    dtype: Dtype | None = None
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, size: str) -> str:
+        if not re.fullmatch(r"[1-9]\d*(GB|MB)", size):
+            raise ValueError(f"expected a size such as 5GB or 500MB, got {size!r}")
+        return size
+
+
+class Recipe(Section):
+    """Everything one conversion needs to know. A stage that is None is left out.
+
+    Attributes:
+        name: of the converted model.
+        output: directory for the stages' results. Relative paths are relative to the working directory.
+        seed: of every random number generator.
+    """
+
+    name: Text = "linearized"
+    output: Text
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelSection
+    attention: AttentionSection = AttentionSection()
+    data: DataSection
+    transfer: TransferSection | None = None
+    finetune: FinetuneSection | None = None
+    medusa: MedusaSection | None = None
+    evaluate: EvaluateSection | None = None
+    export: ExportSection | None = None

@@ -1,0 +1,306 @@
+"""Recipes: what is shipped loads, and every mistake is told in one plain line with its place."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.recipes.loader import RecipeError, dump_recipe, load_recipe, shipped_recipes
+from linearize.recipes.schema import Recipe, package_file
+
+MINIMAL = """\
+output: runs/test
+model:
+  source: some/model
+data:
+  train: {source: builtin:train}
+  heldout: {source: builtin:heldout}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Writes recipe.yaml into an empty working directory: MINIMAL (6 lines) and what a test adds."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(addition: str = "", base: str = MINIMAL) -> str:
+        Path("recipe.yaml").write_text(base + addition, "utf-8")
+        return "recipe.yaml"
+
+    return write
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An importable package `tiny_model` with one file, that fails when it is imported."""
+    folder = tmp_path / "site" / "tiny_model"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
+
+
+def problems(recipe: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_round_trip(name, package, tmp_path):
+    loaded = load_recipe(name, ["model.source=package:tiny_model/tiny.gguf"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_recipe(loaded), "utf-8")
+    assert load_recipe(str(path)) == loaded
+
+
+def test_demo_and_general_recipe_are_shipped():
+    assert list(shipped_recipes()) == ["demo", "lora"]
+
+
+def test_published_budget_of_the_general_recipe():
+    recipe = load_recipe("lora")
+    for stage in (recipe.transfer, recipe.finetune):
+        assert stage.steps * stage.batch_size * stage.length == pytest.approx(20e6, rel=0.01)
+
+
+def test_schema_needs_neither_torch_nor_transformers():
+    check = "import sys, linearize.recipes.loader; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_defaults(recipe):
+    loaded = load_recipe(recipe("finetune: {steps: 3}\n"))
+    assert loaded.attention.config == PRESETS["augmented"]
+    assert (loaded.transfer, loaded.medusa, loaded.evaluate, loaded.export) == (None,) * 4
+    assert (loaded.finetune.lr, loaded.finetune.method, loaded.finetune.batch_size) == (1e-3, "lora", 8)
+    assert [source.source for source in loaded.data.train] == ["builtin:train"]
+
+
+def test_preset_with_overrides(recipe):
+    loaded = load_recipe(recipe("attention: {preset: lolcats, window_size: 32, conv_taps: 4}\n"))
+    assert loaded.attention.preset == "lolcats"
+    assert loaded.attention.config == LinearAttentionConfig(
+        **{**PRESETS["lolcats"].to_dict(), "window_size": 32, "conv_taps": 4}
+    )
+
+
+def test_dumped_preset_can_still_be_changed(recipe):
+    dumped = dump_recipe(load_recipe(recipe("attention: {preset: lolcats, window_size: 32}\n")))
+    loaded = load_recipe(recipe(base=dumped), ["attention.preset=swa"])
+    assert loaded.attention.config == LinearAttentionConfig(**{**PRESETS["swa"].to_dict(), "window_size": 32})
+
+
+# Writing and reading the YAML of one recipe takes tens of milliseconds.
+@settings(max_examples=25, deadline=None)
+@given(name=st.text(min_size=1), alpha=st.floats(1e-30, 1e30), preset=st.sampled_from(list(PRESETS)))
+def test_round_trip(tmp_path_factory, name, alpha, preset):
+    source = {"source": "builtin:train"}
+    recipe = Recipe(
+        name=name,
+        output="runs",
+        model={"source": "some/model"},
+        attention={"preset": preset, "slack": 7},
+        data={"train": source, "heldout": [source, source]},
+        finetune={"steps": 1, "alpha": alpha},
+    )
+    path = tmp_path_factory.mktemp("round_trip") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), "utf-8")
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize("name", ["1e-2", "1e5", "null", "yes", "12", "a: b", "ü"])
+def test_names_that_look_like_something_else_round_trip(recipe, name):
+    loaded = load_recipe(recipe(), [f'name="{name}"'])
+    assert load_recipe(recipe(base=dump_recipe(loaded))) == loaded
+
+
+def test_numbers_without_a_point(recipe):
+    assert load_recipe(recipe("transfer: {steps: 1, lr: 1e-2}\n")).transfer.lr == 0.01
+    assert load_recipe(recipe("transfer: {steps: 1}\n"), ["transfer.lr=5E-4"]).transfer.lr == 5e-4
+
+
+def test_overrides(recipe):
+    path = recipe("transfer: {steps: 10}\nmedusa:\n  steps: 5\n  heads: 2\nevaluate: null\n")
+    loaded = load_recipe(path, ["transfer.steps=20", "medusa=null", "evaluate.tokens=4096", "name=other"])
+    assert (loaded.transfer.steps, loaded.medusa, loaded.evaluate.tokens, loaded.name) == (20, None, 4096, "other")
+
+
+def test_override_mends_a_mistake_in_the_file(recipe):
+    assert load_recipe(recipe("transfer: {steps: many}\n"), ["transfer={steps: 2}"]).transfer.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("addition", "expected"),
+    [
+        ("attention:\n  feature_dimm: 3\n", "8: attention.feature_dimm: unknown field, did you mean feature_dim?"),
+        ("attention:\n  window_size: many\n", "8: attention.window_size: expected a whole number, got 'many'"),
+        ("attention:\n  window_size: '12'\n", "8: attention.window_size: expected a whole number, got '12'"),
+        ("attention:\n  window_size: true\n", "8: attention.window_size: expected a whole number, got true"),
+        (
+            "attention:\n  window_size: 0\n  sinks: 0\n",
+            "8: attention.window_size: 0 keeps no token near; use 1 or more, or window: null",
+        ),
+        ("attention:\n  window: null\n", "7: attention.sinks: 4 sinks need a window; set window or sinks: 0"),
+        (
+            "attention: {preset: augmentd}\n",
+            "7: attention.preset: expected 'augmented', 'augmented-icml', 'lolcats', 'hedgehog', 't2r' or 'swa', "
+            "got 'augmentd'",
+        ),
+        (
+            "attention: {preset: [swa]}\n",
+            "7: attention.preset: expected 'augmented', 'augmented-icml', 'lolcats', 'hedgehog', 't2r' or 'swa', "
+            "got a list",
+        ),
+        ("attention: 3\n", "7: attention: expected a section with fields, got 3"),
+        ("transfr: {steps: 1}\n", "7: transfr: unknown field, did you mean transfer?"),
+        (
+            "export:\n  qqq: 1\n",
+            "8: export.qqq: unknown field; the fields here are max_shard_size, dtype",
+        ),
+        ("1: 2\n", "7: 1: a field's name must be text"),
+        ("seed: null\n", "7: seed: expected a whole number, got null"),
+        ("seed: -1\n", "7: seed: expected 0 or more, got -1"),
+        ("name: ''\n", "7: name: expected some text, got ''"),
+        ("transfer: {}\n", "7: transfer.steps: required, but missing"),
+        ("transfer: {steps: 0}\n", "7: transfer.steps: expected more than 0, got 0"),
+        ("transfer: {steps: 1, length: 1}\n", "7: transfer.length: expected 2 or more, got 1"),
+        ("transfer: {steps: 1, lr: high}\n", "7: transfer.lr: expected a number, got 'high'"),
+        ("transfer: {steps: 1, lr: .inf}\n", "7: transfer.lr: expected a number, got inf"),
+        ("transfer: {steps: 1, bf16: 1}\n", "7: transfer.bf16: expected true or false, got 1"),
+        (
+            "transfer:\n  steps: 1\n  micro_batch_size: 3\n",
+            "9: transfer.micro_batch_size: 3 does not divide the batch_size of 8",
+        ),
+        (
+            "finetune:\n  steps: 1\n  next_token: 0\n",
+            "7: finetune.distill: next_token and distill are both 0, so there is no loss; give one of them a weight",
+        ),
+        ("finetune: {steps: 1, targets: []}\n", "7: finetune.targets: expected at least one entry, got an empty list"),
+        ("finetune: {steps: 1, targets: q_proj}\n", "7: finetune.targets: expected a list, got 'q_proj'"),
+        ("finetune: {steps: 1, deepspeed: ds.json}\n", "7: finetune.deepspeed: no such file: ds.json"),
+        ("medusa: {steps: 1, heads: 0}\n", "7: medusa.heads: expected more than 0, got 0"),
+        (
+            "evaluate: {tokens: 100}\n",
+            "7: evaluate.length: one sequence of 1024 is longer than the 100 tokens to measure on",
+        ),
+        (
+            "export: {max_shard_size: large}\n",
+            "7: export.max_shard_size: expected a size such as 5GB or 500MB, got 'large'",
+        ),
+        ("seed: 1\nseed: 2\n", "8: seed: stands here twice, first in line 7"),
+        (
+            "medusa:\n  steps: 1\n  heads: 2\n  steps: 1\n",
+            "10: medusa.steps: stands here twice, first in line 8",
+        ),
+    ],
+)
+def test_one_mistake_in_the_file(recipe, addition, expected):
+    assert problems(recipe(addition)) == [f"recipe.yaml:{expected}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("missing.gguf", "no such file: missing.gguf"),
+        ("./missing", "no such directory: ./missing"),
+        ("some/local/dir", "no such directory: some/local/dir"),
+        ("package:tiny_model/other.gguf", "package tiny_model is installed but holds no file other.gguf"),
+        ("package:no_such_package/x.gguf", "package no_such_package is not installed; try pip install no_such_package"),
+        ("package:tiny_model", "'package:tiny_model' is not of the form package:<import_name>/<file>"),
+    ],
+)
+@pytest.mark.parametrize("field", ["source", "tokenizer"])
+def test_model_sources_that_are_not_there(recipe, package, field, source, expected):
+    assert problems(recipe(), f"model.{field}={source}") == [f"command line: model.{field}: {expected}"]
+
+
+def test_model_sources_that_are_there(recipe, package):
+    Path("a.gguf").touch()
+    Path("x/y/z").mkdir(parents=True)
+    for source in ("a.gguf", "x/y/z", "./x", "gpt2", "some/model", "package:tiny_model/tiny.gguf"):
+        assert load_recipe(recipe(), [f"model.source={source}"]).model.source == source
+    assert package_file("package:tiny_model/tiny.gguf") == package / "tiny.gguf"
+
+
+def test_data_sources_that_are_not_there(recipe):
+    Path("empty.txt").touch()
+    text = """\
+output: runs/test
+model: {source: some/model}
+data:
+  train:
+    source: missing.jsonl
+    feild: text
+  heldout:
+    - source: empty.txt
+    - source: builtin:all
+    - builtin:train
+"""
+    assert problems(recipe(base=text)) == [
+        "recipe.yaml:5: data.train.source: no such file: missing.jsonl",
+        "recipe.yaml:6: data.train.feild: unknown field, did you mean field?",
+        "recipe.yaml:8: data.heldout.0.source: the file is empty: empty.txt",
+        "recipe.yaml:9: data.heldout.1.source: no data set builtin:all; there are builtin:heldout and builtin:train",
+        "recipe.yaml:10: data.heldout.2: expected a section with fields, got 'builtin:train'",
+    ]
+
+
+def test_all_problems_at_once_in_the_order_of_the_file(recipe):
+    path = recipe(
+        base="""\
+model:
+  sauce: some/model
+attention:
+  feature_dimm: 64
+  window_size: many
+transfer:
+  steps: 0
+  steps: -1
+""",
+    )
+    assert problems(path, "transfer.stepss=3", "medusa.heads=2", "nonsense", "model.sauce.x=1", "seed=[") == [
+        "recipe.yaml:1: output: required, but missing",
+        "recipe.yaml:1: model.source: required, but missing",
+        "recipe.yaml:1: data: required, but missing",
+        "recipe.yaml:2: model.sauce: unknown field, did you mean source?",
+        "recipe.yaml:4: attention.feature_dimm: unknown field, did you mean feature_dim?",
+        "recipe.yaml:5: attention.window_size: expected a whole number, got 'many'",
+        "recipe.yaml:8: transfer.steps: stands here twice, first in line 7",
+        "recipe.yaml:8: transfer.steps: expected more than 0, got -1",
+        "command line: nonsense: expected section.field=value",
+        "command line: model.sauce.x: model.sauce is 'some/model', not a section with fields",
+        "command line: seed: not valid YAML: while parsing a flow node, expected the node content, "
+        "but found '<stream end>'",
+        "command line: transfer.stepss: unknown field, did you mean steps?",
+        "command line: medusa.steps: required, but missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "1: expected sections such as model: and data:, got null"),
+        ("- a\n", "1: expected sections such as model: and data:, got a list"),
+        ("a: 1\nb: c: d\n", "2: not valid YAML: mapping values are not allowed here"),
+        ("a: 1\n\x01\n", "2: not valid YAML: character U+0001 is not allowed"),
+        (
+            "a: 1\n---\nb: 2\n",
+            "2: not valid YAML: expected a single document in the stream, but found another document",
+        ),
+        ("a: 1\n? [b]\n: 2\n", "2: not valid YAML: while constructing a mapping, found unhashable key"),
+    ],
+)
+def test_files_that_are_no_recipe(recipe, text, expected):
+    assert problems(recipe(base=text)) == [f"recipe.yaml:{expected}"]
+
+
+def test_recipes_that_are_not_there(tmp_path):
+    assert problems("dmeo") == ["dmeo: no such file, and no shipped recipe of that name (demo, lora)"]
+    assert problems(str(tmp_path))[0].startswith(f"{tmp_path}: cannot be read as a text file: ")
