@@ -127,14 +127,13 @@ def install(model: PreTrainedModel, config: LinearAttentionConfig) -> PreTrained
     What was installed before is replaced.
 
     Raises:
-        UnsupportedModelError: when an attention module cannot be replaced; the model is untouched then.
-        ValueError: when `config` does not fit the model's heads.
+        UnsupportedModelError: when an attention module cannot be replaced.
+        ValueError: when `config` does not fit the model's heads. The model is untouched in both cases.
     """
+    _install(model, config)
     if not isinstance(model, LinearizedMixin):
-        attention_modules(model)
         model.__class__ = linearized_class(type(model))
     model.config.linear_attention = config.to_dict()
-    _install(model, config)
     return model
 
 

@@ -1,0 +1,246 @@
+"""The command line: one thin function per verb. Heavy libraries are imported by the verbs that need them."""
+
+import json as json_module
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from linearize.recipes.loader import RecipeError, dump_recipe, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    help="Turn a pretrained softmax transformer into one with augmented linear attention.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+errors = Console(stderr=True, soft_wrap=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, such as transfer.steps=20.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Directory of the run instead of the recipe's output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Model = Annotated[Path, typer.Argument(help="An exported model, or the directory of a run.")]
+
+
+class BadInput(ValueError):
+    """Something on the command line that cannot be used."""
+
+
+def _context(recipe: str, overrides: list[str] | None, out: Path | None, quiet: bool = False):
+    loaded = load_recipe(recipe, overrides or [])
+    _quieten()
+    from linearize.convert.context import Context
+
+    return Context(loaded, out or Path(loaded.output), Console(stderr=True) if quiet else console)
+
+
+def _quieten() -> None:
+    """Progress is ours to show; libraries keep to errors."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@app.command()
+def convert(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Out = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Run this stage and those after it again.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted stage.")] = False,
+):
+    """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
+    context = _context(recipe, overrides, out)
+    from linearize.convert.pipeline import check_directory, convert
+    from linearize.convert.plan import make_plan, show_plan
+
+    check_directory(context)
+    if any((context.state(stage) or {}).get("status") != "done" for stage in context.stages()):
+        show_plan(make_plan(context), console)
+    convert(context, only, start, resume)
+    console.print(f"[bold]{context.directory}[/bold]", highlight=False)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None, json: Json = False):
+    """Validate a recipe and print what it will do and need; no weights are read."""
+    context = _context(recipe, overrides, None, quiet=json)
+    from dataclasses import asdict
+
+    from linearize.convert.plan import make_plan, show_plan
+
+    plan = make_plan(context)
+    if json:
+        print(json_module.dumps(asdict(plan), indent=2))
+    else:
+        show_plan(plan, console)
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe.")] = None, json: Json = False):
+    """List the shipped recipes, or show one."""
+    shipped = shipped_recipes()
+    if name is not None:
+        if name not in shipped:
+            raise BadInput(f"{name}: no shipped recipe of that name; there are {', '.join(shipped)}")
+        text = shipped[name].read_text("utf-8")
+        if json:
+            print(json_module.dumps({"name": name, "yaml": text}))
+        else:
+            console.print(Syntax(text, "yaml", background_color="default"))
+        return
+    about = {name: path.read_text("utf-8").splitlines()[0].lstrip("# ") for name, path in shipped.items()}
+    if json:
+        print(json_module.dumps(about, indent=2))
+        return
+    table = Table("recipe", "what it is for")
+    for row in about.items():
+        table.add_row(*row)
+    console.print(table)
+
+
+def _exported(directory: Path) -> Path:
+    """The exported model in a run's directory, or the directory itself.
+
+    Raises:
+        BadInput: there is none.
+    """
+    for candidate in (directory / "export" / "model", directory):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise BadInput(f"{directory}: holds no exported model; run linearize convert, or name a model's directory")
+
+
+def _load_exported(directory: Path):
+    path = _exported(directory)
+    _quieten()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from linearize.convert.sources import Source, check_weights
+
+    check_weights(Source(str(path)))
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+@app.command()
+def chat(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    json: Json = False,
+):
+    """Talk to an exported model; greedy, streamed."""
+    from linearize.convert.chat import reply
+
+    loaded, tokenizer = _load_exported(model)
+    messages = []
+    while True:
+        if prompt is None:
+            try:
+                text = console.input("[bold]you[/bold]  ")
+            except EOFError:
+                return
+        else:
+            text = prompt
+        messages.append({"role": "user", "content": text})
+        if not json:
+            console.print("[bold]model[/bold]  ", end="")
+        answer, cache_bytes = reply(loaded, tokenizer, messages, max_new_tokens, stream=not json)
+        messages.append({"role": "assistant", "content": answer})
+        if json:
+            print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))
+        if prompt is not None:
+            return
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[str, typer.Option(help="builtin:heldout, a local file or a dataset's Hub id.")] = "builtin:heldout",
+    tokens: Annotated[int, typer.Option(min=2)] = 8192,
+    length: Annotated[int, typer.Option(min=2)] = 1024,
+    json: Json = False,
+):
+    """Perplexity of an exported model on held-out data, with and without each branch."""
+    from pydantic import ValidationError
+
+    from linearize.recipes.schema import DataSource
+
+    if length > tokens:
+        raise BadInput(f"--length {length}: is longer than the {tokens} tokens to measure on")
+    try:
+        source = DataSource(source=data)
+    except ValidationError as error:
+        raise BadInput(f"--data {data}: {error.errors()[0]['ctx']['error']}") from None
+    loaded, tokenizer = _load_exported(model)
+    from linearize.convert.data import PackedDataset
+    from linearize.convert.evaluate import ablate
+
+    packed = PackedDataset([source], tokenizer, length, tokens // length)
+    results = ablate(loaded, packed)
+    if json:
+        print(json_module.dumps({"tokens": len(packed.sequences) * length, "length": length, "perplexity": results}))
+        return
+    table = Table("branches", "perplexity", title=f"{data}, {len(packed.sequences) * length} tokens")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.2f}")
+    console.print(table)
+
+
+@app.command()
+def env(json: Json = False):
+    """Versions, devices, and which backends are used."""
+    from linearize.convert.environment import environment
+
+    facts = environment()
+    if json:
+        print(json_module.dumps(facts, indent=2))
+        return
+    table = Table("", "")
+    for name, value in facts.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except (RecipeError, BadInput) as error:
+        problems = getattr(error, "problems", [str(error)])
+    except ValueError as error:
+        # Torch is loaded by now; before that only the two above are raised.
+        from linearize.convert.context import StageError
+
+        if not isinstance(error, StageError):
+            raise
+        problems = [str(error)]
+    else:
+        return
+    for problem in problems:
+        errors.print(f"linearize: {problem}", markup=False, highlight=False)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""One run of a recipe: its directory, what each stage left there, and what every stage asks for."""
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from linearize import __version__
+from linearize.convert import sources
+from linearize.recipes.schema import Recipe
+
+# Which parts of a recipe each stage reads, besides what it gets from the stages before it.
+STAGE_INPUTS: dict[str, tuple[str, ...]] = {
+    "load": ("model",),
+    "install": ("attention",),
+    "transfer": ("transfer", "data.train", "seed"),
+    "finetune": ("finetune", "data.train", "seed"),
+    "medusa": ("medusa", "data", "evaluate.length", "seed"),
+    "evaluate": ("evaluate", "data.heldout"),
+    "export": ("export", "name"),
+}
+STAGES = tuple(STAGE_INPUTS)
+OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a stage returns: its directory, and figures for `state.json`."""
+
+    directory: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class StageError(ValueError):
+    """A stage cannot run; one sentence says why and what would work."""
+
+
+@dataclass
+class Context:
+    """What stages are given.
+
+    Attributes:
+        recipe: what to do.
+        directory: where the stages' directories are.
+        console: where progress is shown.
+    """
+
+    recipe: Recipe
+    directory: Path
+    console: Console
+
+    def stages(self) -> list[str]:
+        """The stages of this recipe, in order."""
+        return [name for name in STAGES if name not in OPTIONAL or getattr(self.recipe, name) is not None]
+
+    def stage_directory(self, stage: str) -> Path:
+        return self.directory / stage
+
+    def state(self, stage: str) -> dict[str, Any] | None:
+        """What `state.json` of a stage says, None where it never began."""
+        path = self.stage_directory(stage) / "state.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+    def write_state(self, stage: str, status: str, metrics: dict[str, Any]) -> None:
+        state = {
+            "stage": stage,
+            "status": status,
+            "input_hash": self.input_hash(stage),
+            "versions": {
+                "linearize": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "metrics": metrics,
+        }
+        write_atomically(self.stage_directory(stage) / "state.json", json.dumps(state, indent=2) + "\n")
+
+    def input_hash(self, stage: str) -> str:
+        """Changes when anything does that the result of `stage` follows from: the recipe's parts for it and for the
+        stages before it, and the local files that these name."""
+        names = self.stages()
+        upto = names[: names.index(stage) + 1]
+        parts = {name: [_part(self.recipe.model_dump(), path) for path in STAGE_INPUTS[name]] for name in upto}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+        for file in sorted(_local_files(parts)):
+            status = os.stat(file)
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer(self):
+        return sources.AutoTokenizer.from_pretrained(self.stage_directory("load") / "tokenizer")
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds either what it held or all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def _part(recipe: dict[str, Any], path: str) -> Any:
+    value: Any = recipe
+    for key in path.split("."):
+        value = None if value is None else value[key]
+    return value
+
+
+def _local_files(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*(_local_files(item) for item in value))
+    return {str(Path(value).resolve())} if isinstance(value, str) and Path(value).is_file() else set()

@@ -1,0 +1,95 @@
+"""Stage evaluate: held-out perplexity of the teacher, the baseline, each stage, and the model without each branch."""
+
+import json
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from rich.table import Table
+
+from linearize.convert.context import Artifact, Context, write_atomically
+from linearize.convert.data import PackedDataset
+from linearize.convert.models import softmax_model, stages_of
+from linearize.layers.attention import BRANCHES, LinearAttention
+from linearize.layers.config import PRESETS
+from linearize.layers.seam import install
+
+RESULTS = "results.json"
+NAMES = {"install": "installed", "transfer": "after transfer", "finetune": "after finetune"}
+ABLATIONS = {
+    "full": BRANCHES,
+    "local only": frozenset({"local"}),
+    "linear only": frozenset({"linear"}),
+    "conv off": BRANCHES - {"conv"},
+}
+
+
+def batches(data: PackedDataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """The sequences that there are, each once, as batches of one."""
+    for sequence in data.sequences:
+        yield {name: value[None].to(device) for name, value in sequence.items()}
+
+
+def perplexity(model: nn.Module, data: PackedDataset) -> float:
+    """exp of the mean negative log-likelihood of the next token, over all tokens with a label."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for batch in batches(data, device):
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            ).logits[0, :-1]
+        labels = batch["labels"][0, 1:]
+        total += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+        count += (labels != -100).sum().item()
+    return math.exp(total / count)
+
+
+def ablate(model: nn.Module, data: PackedDataset) -> dict[str, float]:
+    """Perplexity of a linearized model with all branches and without some."""
+    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    result = {}
+    for name, branches in ABLATIONS.items():
+        for layer in layers:
+            layer.branches = branches
+        result[name] = perplexity(model, data)
+    for layer in layers:
+        layer.branches = BRANCHES
+    return result
+
+
+def results_table(results: dict) -> Table:
+    """What `run` measured, for people."""
+    tokens, length = results["tokens"], results["length"]
+    table = Table(title=f"held-out perplexity, {tokens} tokens in sequences of {length}", title_justify="left")
+    table.add_column("model")
+    table.add_column("perplexity", justify="right")
+    table.add_column("x teacher", justify="right")
+    for group in ("models", "ablations"):
+        for name, value in results[group].items():
+            table.add_row(name, f"{value:.2f}", f"{value / results['models']['teacher (softmax)']:.2f}")
+        table.add_section()
+    return table
+
+
+def run(context: Context) -> Artifact:
+    section = context.recipe.evaluate
+    data = PackedDataset(
+        context.recipe.data.heldout, context.tokenizer, section.length, section.tokens // section.length
+    )
+    model = softmax_model(context).to(context.device)
+    models = {"teacher (softmax)": perplexity(model, data)}
+    models["swa + 4 sinks, untrained"] = perplexity(install(model, PRESETS["swa"]), data)
+    for stage, model in stages_of(context, model):
+        models[NAMES[stage]] = perplexity(model, data)
+    results = {
+        "tokens": len(data.sequences) * section.length,
+        "length": section.length,
+        "models": models,
+        "ablations": ablate(model, data),
+    }
+    directory = context.stage_directory("evaluate")
+    write_atomically(directory / RESULTS, json.dumps(results, indent=2) + "\n")
+    context.console.print(results_table(results))
+    return Artifact(directory, results)

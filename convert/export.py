@@ -1,0 +1,39 @@
+"""Stage export: the converted model as a directory that transformers loads by itself."""
+
+import shutil
+
+import torch
+from peft import PeftModel
+
+from linearize.convert.context import Artifact, Context
+from linearize.convert.medusa import trained_heads
+from linearize.convert.models import model_after
+from linearize.hub.card import model_card
+from linearize.hub.export import export_model
+from linearize.recipes.loader import dump_recipe
+
+
+def run(context: Context) -> Artifact:
+    recipe = context.recipe
+    model = model_after(context, "finetune")
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    heads = None if recipe.medusa is None else trained_heads(context, model)
+    if recipe.export.dtype is not None:
+        model.to(getattr(torch, recipe.export.dtype))
+    metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage != "export"}
+    directory = context.stage_directory("export")
+    shutil.rmtree(directory / "model", ignore_errors=True)
+    export_model(
+        model,
+        directory / "model",
+        tokenizer=context.tokenizer,
+        heads=heads,
+        max_shard_size=recipe.export.max_shard_size,
+        files={
+            "README.md": model_card(recipe, metrics),
+            "recipe.yaml": dump_recipe(recipe),
+            "metrics.json": metrics,
+        },
+    )
+    return Artifact(directory / "model", {"bytes": sum(file.stat().st_size for file in (directory / "model").iterdir())})

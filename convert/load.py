@@ -1,0 +1,14 @@
+"""Stage load: find the model, keep its tokenizer, and unpack it where its form is slow to read (GGUF)."""
+
+from linearize.convert import sources
+from linearize.convert.context import Artifact, Context
+
+
+def run(context: Context) -> Artifact:
+    recipe = context.recipe.model
+    directory = context.stage_directory("load")
+    source = sources.locate(recipe.source, recipe.revision)
+    sources.load_tokenizer(recipe).save_pretrained(directory / "tokenizer")
+    if source.gguf:
+        sources.load_model(source, recipe.dtype).save_pretrained(directory / "model")
+    return Artifact(directory, {"source": recipe.source})

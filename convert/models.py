@@ -1,0 +1,95 @@
+"""The model as each stage leaves it: one model in memory, brought forward stage by stage."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from linearize.convert import sources
+from linearize.convert.context import Context
+from linearize.layers.seam import install
+from linearize.recipes.schema import FinetuneSection
+
+WEIGHTS = "weights.safetensors"
+LINEAR = ".linear_attention."
+
+
+def softmax_model(context: Context) -> PreTrainedModel:
+    """The model as stage load left it."""
+    directory = context.stage_directory("load") / "model"
+    recipe = context.recipe.model
+    source = sources.Source(str(directory)) if directory.is_dir() else sources.locate(recipe.source, recipe.revision)
+    return sources.load_model(source, recipe.dtype)
+
+
+def model_after(context: Context, stage: str) -> nn.Module:
+    """The converted model as `stage` left it; adapters of stage finetune are in place, not merged."""
+    model = softmax_model(context)
+    for name, model in stages_of(context, model):
+        if name == stage:
+            break
+    return model
+
+
+def stages_of(context: Context, model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it."""
+    install(model, context.recipe.attention.config)
+    yield "install", model
+    for stage in ("transfer", "finetune"):
+        section = getattr(context.recipe, stage)
+        if section is None or not (context.stage_directory(stage) / WEIGHTS).is_file():
+            continue
+        if stage == "finetune" and section.method == "lora":
+            model = with_adapters(model, section)
+        load_weights(model, context.stage_directory(stage))
+        yield stage, model.eval()
+
+
+def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel:
+    """`model` with LoRA adapters, which alone are trainable.
+
+    Raises:
+        ValueError: naming `finetune.targets` when the model has none of these modules.
+    """
+    config = LoraConfig(
+        r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def train_only(model: nn.Module, wanted) -> None:
+    """Make exactly the parameters trainable whose name `wanted` accepts."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bool(wanted(name)))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_weights(weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write `weights` as a whole file or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / (WEIGHTS + ".part")
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary)
+    temporary.replace(directory / WEIGHTS)
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Copy saved weights into the parameters of the same names.
+
+    Raises:
+        ValueError: when a saved weight has no parameter here.
+    """
+    parameters = dict(model.named_parameters())
+    saved = load_file(directory / WEIGHTS)
+    unknown = saved.keys() - parameters.keys()
+    if unknown:
+        raise ValueError(f"{directory / WEIGHTS}: holds {sorted(unknown)[0]}, which this model has not")
+    with torch.no_grad():
+        for name, value in saved.items():
+            parameters[name].copy_(value)

@@ -1,0 +1,117 @@
+"""A recipe's stages in order: finished ones are skipped, interrupted ones resumed, nothing redone unasked."""
+
+import importlib
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.convert.context import STAGES, Context, StageError, write_atomically
+from linearize.recipes.loader import dump_recipe
+
+RESOLVED = "resolved.yaml"
+
+
+def convert(context: Context, only: str | None = None, start: str | None = None, resume: bool = False) -> list[str]:
+    """Run what is left to do, and return the stages that ran.
+
+    Args:
+        only: this stage alone.
+        start: this stage and those after it, again.
+        resume: go on with a stage that was interrupted.
+
+    Raises:
+        StageError: the directory holds something else, a stage before was not run, or one was interrupted and
+            neither `resume` nor `start` says what to do about it. Nothing has been changed then.
+    """
+    todo = _plan(context, only, start, resume)
+    write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
+    if start is not None:
+        # What follows from a stage that is redone is not finished any more.
+        for stage in STAGES[STAGES.index(start) :]:
+            shutil.rmtree(context.stage_directory(stage), ignore_errors=True)
+    for stage in todo:
+        context.console.print(f"[bold]{stage}[/bold]")
+        began = time.monotonic()
+        if context.state(stage) is None:
+            context.write_state(stage, "running", {})
+        artifact = importlib.import_module(f"linearize.convert.{stage}").run(context)
+        seconds = round(time.monotonic() - began, 1)
+        context.write_state(stage, "done", {**artifact.metrics, "seconds": seconds})
+        context.console.print(f"  done in {seconds:.0f} s -> {artifact.directory}", highlight=False)
+    return todo
+
+
+def check_directory(context: Context) -> None:
+    """Refuse a directory that is somebody else's.
+
+    Raises:
+        StageError: it is not empty and holds no run.
+    """
+    directory = context.directory
+    if directory.is_file():
+        raise StageError(f"--out {directory}: is a file; choose a directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / RESOLVED).is_file():
+        raise StageError(f"--out {directory}: is not empty and holds no run of linearize; choose another directory")
+
+
+def _plan(context: Context, only: str | None, start: str | None, resume: bool) -> list[str]:
+    check_directory(context)
+    stages = context.stages()
+    for option, stage in (("--only", only), ("--from", start)):
+        if stage is not None and stage not in stages:
+            known = "is left out of this recipe" if stage in STAGES else "does not exist"
+            raise StageError(f"{option} {stage}: this stage {known}; its stages are {', '.join(stages)}")
+    if only is not None and start is not None:
+        raise StageError("--only and --from: give one of them, not both")
+
+    chosen = [only] if only else stages
+    kept = stages[: stages.index(start)] if start else stages
+    todo = []
+    for stage in stages:
+        state = context.state(stage) if stage in kept else None
+        if state is not None and state["input_hash"] != context.input_hash(stage):
+            raise StageError(
+                f"{context.directory}: holds stage {stage} of another recipe ({_difference(context)}); "
+                f"choose another --out, or --from {stage} to redo it from there"
+            )
+        finished = state is not None and state["status"] == "done"
+        if stage not in chosen:
+            if not finished and only in stages[stages.index(stage) :]:
+                raise StageError(f"--only {only}: needs stage {stage} first, which is not finished in {context.directory}")
+        elif finished:
+            context.console.print(f"[bold]{stage}[/bold]  finished before, skipped")
+        else:
+            if state is not None and not resume:
+                raise StageError(
+                    f"{context.directory}: stage {stage} was interrupted; "
+                    f"--resume goes on with it, --from {stage} starts it again"
+                )
+            todo.append(stage)
+    return todo
+
+
+def _difference(context: Context) -> str:
+    """The fields in which the directory's recipe is another one."""
+    old = _flat(yaml.safe_load((context.directory / RESOLVED).read_text("utf-8")))
+    new = _flat(yaml.safe_load(dump_recipe(context.recipe)))
+    changed = [
+        f"{key} was {old.get(key)}, is {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key != "output"
+    ]
+    return "; ".join(changed) or "its input files changed"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {name: x for key, item in items for name, x in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+

@@ -1,0 +1,224 @@
+"""What a recipe will do and need, found out before any weights are read."""
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from linearize.convert import sources
+from linearize.convert.context import Context, StageError
+from linearize.convert.data import PackedDataset, check_tokenizer
+from linearize.convert.models import LINEAR, train_only, trainable, with_adapters
+from linearize.layers.config import LinearAttentionConfig
+from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install
+from linearize.layers.medusa import MedusaHeads
+from linearize.recipes.schema import Recipe, Training
+
+CONTEXTS = (2048, 8192, 32768, 131072)
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage: optimizer steps, tokens in all, parameters trained of how many there are."""
+
+    stage: str
+    steps: int
+    tokens: int
+    trained: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `linearize check` shows. Memory and disk are in bytes, for one process.
+
+    Attributes:
+        kv_bytes: context length -> bytes of the softmax model's KV cache, one sequence.
+        state_bytes: bytes of the linear cache, one sequence, any length.
+        memory: weights, gradients and optimizer of the largest stage, activations left out.
+        disk: stage directories and the exported model.
+    """
+
+    model: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    features: int
+    parameters: int
+    stages: list[StagePlan]
+    state_bytes: int
+    kv_bytes: dict[int, int]
+    memory: int
+    disk: int
+
+
+def state_bytes(config: LinearAttentionConfig, features: int, kv_heads: int, head_dim: int, item: int) -> int:
+    """Bytes of one layer's cache for one sequence, rotary model; `item` is the size of a key's number."""
+    rows = 3 if config.rope == "before" else 2
+    recent = (config.ring_size + config.sinks) * rows * head_dim * item
+    return kv_heads * (recent + features * (head_dim + 1) * 4)
+
+
+def make_plan(context: Context) -> Plan:
+    """Check everything that can be checked without weights, and count.
+
+    Reads the model's configuration, its tokenizer and the data's beginning; a local directory's safetensors headers.
+
+    Raises:
+        StageError: with the recipe's field and one sentence.
+    """
+    recipe = context.recipe
+    try:
+        return _make_plan(recipe)
+    except UnsupportedModelError as error:
+        raise StageError(f"model.source: {error}") from error
+    except ValueError as error:
+        raise StageError(str(error)) from error
+
+
+def _make_plan(recipe: Recipe) -> Plan:
+    source = sources.locate(recipe.model.source, recipe.model.revision)
+    config = sources.load_config(source)
+    sources.check_weights(source)
+    if hasattr(config, "linear_attention"):
+        raise ValueError(f"model.source: {recipe.model.source} is linearized already; convert the model it came from")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            f"model.source: {type(config).__name__} is not the configuration of a causal language model"
+        ) from error
+    modules = attention_modules(model)
+    text = config.get_text_config(decoder=True)
+    heads, kv_heads, head_dim = head_shape(next(iter(modules.values())), text)
+    parameters = sum(p.numel() for p in model.parameters())
+    try:
+        install(model, recipe.attention.config)
+    except ValueError as error:
+        raise ValueError(f"attention.{error}") from error
+
+    tokenizer = sources.load_tokenizer(recipe.model)
+    try:
+        check_tokenizer(tokenizer, text.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"model.tokenizer: {error}") from error
+    _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None))
+
+    stages = _plan_stages(recipe, model)
+    item = BYTES[recipe.model.dtype]
+    largest = max((stage.trained for stage in stages), default=0)
+    # The GGUF copy of stage load, the exported model, and what is trained with two checkpoints of it.
+    copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
+    features = next(iter(model.linear_attentions().values())).features
+    return Plan(
+        model=recipe.model.source,
+        layers=len(modules),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        features=features,
+        parameters=parameters,
+        stages=stages,
+        state_bytes=len(modules) * state_bytes(recipe.attention.config, features, kv_heads, head_dim, item),
+        kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
+        # fp32 gradient and two moments for what is trained.
+        memory=parameters * item + largest * 12,
+        disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
+    )
+
+
+def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
+    stages = []
+
+    def add(stage: str, section: Training, model) -> None:
+        counts = [sum(p.numel() for p in ps) for ps in (trainable(model).values(), model.parameters())]
+        stages.append(StagePlan(stage, section.steps, section.steps * section.batch_size * section.length, *counts))
+
+    if recipe.transfer is not None:
+        train_only(model, lambda name: LINEAR in name)
+        if not trainable(model):
+            raise ValueError(
+                f"transfer: attention preset {recipe.attention.preset} has nothing to train; set transfer: null"
+            )
+        add("transfer", recipe.transfer, model)
+    if recipe.medusa is not None:
+        projection = model.get_output_embeddings()
+        with torch.device("meta"):
+            shape = projection.in_features, projection.out_features
+            heads = MedusaHeads(*shape, recipe.medusa.heads, recipe.medusa.projection)
+        add("medusa", recipe.medusa, heads)
+    if (finetune := recipe.finetune) is not None:
+        if finetune.method == "lora":
+            try:
+                model = with_adapters(model, finetune)
+            except ValueError as error:
+                names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "in_features")})
+                raise ValueError(
+                    f"finetune.targets: this model has no module named {' or '.join(finetune.targets)}; "
+                    f"it has {', '.join(names)}"
+                ) from error
+            train_only(model, lambda name: "lora_" in name or (finetune.train_attention and LINEAR in name))
+        else:
+            train_only(model, lambda name: finetune.train_attention or LINEAR not in name)
+        add("finetune", finetune, model)
+    return stages
+
+
+def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
+    wanted = {
+        f"{stage}.length": (recipe.data.train, section.length)
+        for stage in ("transfer", "finetune", "medusa")
+        if (section := getattr(recipe, stage)) is not None
+    }
+    if recipe.evaluate is not None:
+        wanted["evaluate.length"] = (recipe.data.heldout, recipe.evaluate.length)
+    for field, (data, length) in wanted.items():
+        if positions is not None and length > positions:
+            raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
+        try:
+            PackedDataset(data, tokenizer, length, 1)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """The plan as tables."""
+    console.print(
+        f"[bold]{plan.model}[/bold]: {_count(plan.parameters)} parameters, {plan.layers} attention layers, "
+        f"{plan.heads} query and {plan.kv_heads} key heads of {plan.head_dim}, {plan.features} features"
+    )
+    table = Table()
+    for name in ("stage", "steps", "tokens", "trained", "share"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in plan.stages:
+        share = f"{stage.trained / stage.parameters:.2%}"
+        table.add_row(stage.stage, str(stage.steps), _count(stage.tokens), _count(stage.trained), share)
+    console.print(table)
+    table = Table()
+    table.add_column("context")
+    table.add_column("KV cache", justify="right")
+    table.add_column("linear state", justify="right")
+    table.add_column("ratio", justify="right")
+    for length, size in plan.kv_bytes.items():
+        table.add_row(f"{length // 1024}k", _size(size), _size(plan.state_bytes), f"{size / plan.state_bytes:.1f}")
+    console.print(table)
+    console.print(f"memory {_size(plan.memory)} + activations, disk {_size(plan.disk)}")
+
+
+def _count(number: int) -> str:
+    for unit in ("", "k", "M", "B"):
+        if number < 1000 or unit == "B":
+            return f"{number:.3g}{unit}" if unit else str(number)
+        number /= 1000
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1024 or unit == "TiB":
+            return f"{number:.1f} {unit}"
+        number /= 1024

@@ -1,0 +1,160 @@
+"""The training loop, once: transformers' Trainer with a stage's objective, trainable parameters and data."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from linearize.convert.context import Context, StageError
+from linearize.convert.data import PackedDataset
+from linearize.convert.models import WEIGHTS, save_weights, trainable
+from linearize.recipes.schema import Training
+
+
+class Objective(Protocol):
+    """What a stage minimises.
+
+    Attributes:
+        is_local: `loss` has already called backward, layer by layer, with the loss divided by `accumulation`.
+    """
+
+    is_local: bool
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int) -> Tensor:
+        """Mean loss of a micro batch of packed sequences (`data.pack`)."""
+
+
+class StageTrainer(Trainer):
+    """Trainer whose checkpoints hold trainable parameters alone, and whose data come in their own order."""
+
+    def __init__(self, objective: Objective, **kwargs):
+        super().__init__(**kwargs)
+        self.objective = objective
+        # The objectives average over their own micro batch, so the accumulated mean is taken here.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.objective.loss(model, inputs, self.current_gradient_accumulation_steps)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.objective.is_local:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach() / self.current_gradient_accumulation_steps
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def _save(self, output_dir=None, state_dict=None):
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().contiguous() for name, value in trainable(self.model).items()}, directory / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in trainable(self.model).items():
+                parameter.copy_(saved[name])
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with loss, tokens per second and time left."""
+
+    def __init__(self, context: Context, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.bar = Progress(
+            TextColumn("  "),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} tokens/s  left"),
+            TimeRemainingColumn(),
+            console=context.console,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar.start()
+        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss=float("nan"), rate=0)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            rate = (self.bar.tasks[self.task].speed or 0) * self.tokens_per_step
+            self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], rate=rate)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.stop()
+
+
+def train(context: Context, stage: str, model: nn.Module, objective: Objective, section: Training) -> list[float]:
+    """Train the parameters of `model` that require gradients, going on from the newest whole checkpoint, and write
+    them to the stage's directory.
+
+    Returns:
+        The loss of every step, those before an interruption included.
+
+    Raises:
+        StageError: nothing is trainable.
+    """
+    if not trainable(model):
+        raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
+    directory = context.stage_directory(stage)
+    data = PackedDataset(
+        context.recipe.data.train, context.tokenizer, section.length, section.steps * section.batch_size
+    )
+    micro = section.micro_batch_size or section.batch_size
+    arguments = TrainingArguments(
+        output_dir=str(directory / "checkpoints"),
+        max_steps=section.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=section.batch_size // micro,
+        learning_rate=section.lr,
+        weight_decay=section.weight_decay,
+        warmup_steps=section.warmup_steps,
+        lr_scheduler_type=section.schedule,
+        # Layers of a local objective have nothing to do with each other, so no common norm clips them.
+        max_grad_norm=0.0 if objective.is_local else 1.0,
+        bf16=section.bf16,
+        use_cpu=context.device.type == "cpu",
+        seed=context.recipe.seed,
+        save_strategy="steps",
+        save_steps=section.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=context.device.type == "cuda",
+        gradient_checkpointing=getattr(section, "gradient_checkpointing", False),
+        deepspeed=getattr(section, "deepspeed", None),
+    )
+    trainer = StageTrainer(
+        objective,
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        callbacks=[ShowProgress(context, section.batch_size * section.length)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))
+    save_weights(trainable(model), directory)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _newest_checkpoint(directory: Path) -> str | None:
+    """The latest checkpoint whose last file, the trainer's state, is whole."""
+    for checkpoint in sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
+            return str(checkpoint)
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,76 @@
+"""The model card: where the model comes from, what was done to it, and what was measured."""
+
+import yaml
+
+from linearize.recipes.loader import dump_recipe
+from linearize.recipes.schema import Recipe
+
+CARD = """---
+{metadata}---
+
+# {name}
+
+{base} with its softmax attention turned into augmented linear attention by
+linearize: memory per generated token is constant, prefill is linear in length.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```
+
+`trust_remote_code` is needed: the code is in this directory, and without it nothing loads this model as the softmax
+model that it was.
+{results}
+## Recipe
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(recipe: Recipe, metrics: dict) -> str:
+    """README.md of an exported model; metadata as the Hub reads them.
+
+    Args:
+        metrics: stage -> its metrics.
+    """
+    base = recipe.model.base_model or recipe.model.source
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "base_model_relation": "finetune",
+        "license": recipe.model.license or "other",
+        "tags": ["linearize", "linear-attention"],
+    }
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=recipe.name,
+        base=base,
+        results=_results(metrics),
+        recipe=dump_recipe(recipe),
+    )
+
+
+def _results(metrics: dict) -> str:
+    if "evaluate" not in metrics:
+        return ""
+    measured = metrics["evaluate"]
+    lines = [
+        "",
+        "## Measured",
+        "",
+        f"Held-out perplexity, {measured['tokens']} tokens in sequences of {measured['length']}.",
+        "",
+        "| model | perplexity |",
+        "|---|---|",
+    ]
+    rows = {**measured["models"], **measured["ablations"]}
+    lines += [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    for i, accuracy in enumerate(metrics.get("medusa", {}).get("head_accuracy", [])):
+        if i == 0:
+            lines += ["", "| Medusa head | top-1 | top-5 |", "|---|---|---|"]
+        lines.append(f"| {i + 1} | {accuracy['top1']:.3f} | {accuracy['top5']:.3f} |")
+    return "\n".join([*lines, ""])

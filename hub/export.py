@@ -1,0 +1,115 @@
+"""A linearized model as a self-contained directory: weights, configuration, and the code that it needs.
+
+The model gets a type of its own, so that nothing loads it as the softmax model that it was: `AutoModelForCausalLM`
+refuses the directory unless `trust_remote_code=True`. The code is a few generated lines beside copies of `layers/`.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+import linearize.layers
+from linearize import __version__
+from linearize.layers.medusa import MedusaHeads
+
+MODULE = "modeling_linearized"
+PREFIX = "linearize_"
+ORIGIN = "# Copied from linearize {version}, layers/{path}.\n"
+
+TEMPLATE = '''"""{base} with augmented linear attention."""
+
+from transformers import {config}, {base}
+
+from .{prefix}kernels import BACKENDS
+from .{prefix}seam import LinearizedMixin
+
+try:
+    # Faster backends than the copies here, where the package is installed.
+    from linearize.layers.kernels import BACKENDS as INSTALLED
+
+    BACKENDS.update(INSTALLED)
+except ImportError:
+    pass
+
+
+class Linearized{config}({config}):
+    model_type = "linearized_{model_type}"
+
+
+class Linearized{base}(LinearizedMixin, {base}):
+    config_class = Linearized{config}
+'''
+
+
+def export_model(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer=None,
+    heads: MedusaHeads | None = None,
+    max_shard_size: str = "5GB",
+    files: dict[str, str | dict] | None = None,
+) -> None:
+    """Write `model` (linearized, adapters merged) so that `AutoModelForCausalLM.from_pretrained(directory,
+    trust_remote_code=True)` gives it back, without this package.
+
+    Args:
+        tokenizer: saved beside the weights, chat template included.
+        heads: Medusa heads, saved as `medusa_heads.safetensors`.
+        max_shard_size: of the weight files.
+        files: further text files by name; a dict becomes JSON.
+    """
+    base = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+    path = directory / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    config_class = type(model.config).__name__
+    model_type = config["model_type"]
+    config["model_type"] = f"linearized_{model_type}"
+    config["architectures"] = [f"Linearized{base.__name__}"]
+    config["auto_map"] = {
+        "AutoConfig": f"{MODULE}.Linearized{config_class}",
+        "AutoModelForCausalLM": f"{MODULE}.Linearized{base.__name__}",
+    }
+    config["linearize_version"] = __version__
+    if heads is not None:
+        save_file(heads.state_dict(), directory / "medusa_heads.safetensors")
+        config["medusa"] = {"heads": len(heads.blocks), "projection": "own" if heads.projections else "shared"}
+    path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    for name, text in remote_code(base.__name__, config_class, model_type).items():
+        (directory / name).write_text(text, "utf-8")
+    for name, content in (files or {}).items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        (directory / name).write_text(text, "utf-8")
+
+
+def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
+    """File name -> text of the code that a directory carries."""
+    code = {f"{MODULE}.py": TEMPLATE.format(base=base, config=config, model_type=model_type, prefix=PREFIX)}
+    root = Path(linearize.layers.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        package = parts[:-1]
+        name = _flat_name(package if parts[-1] == "__init__" else parts)
+
+        def flatten(match, package=package):
+            dots, module = match.groups()
+            return f"from .{_flat_name((*package[: len(package) - len(dots) + 1], *module.split('.')))} import"
+
+        # transformers copies modules that are imported from the same folder, no deeper.
+        text = re.sub(r"^from (\.+)(\S+) import", flatten, file.read_text("utf-8"), flags=re.MULTILINE)
+        code[f"{name}.py"] = ORIGIN.format(version=__version__, path="/".join(parts) + ".py") + text
+    return code
+
+
+def _flat_name(parts: tuple[str, ...]) -> str:
+    return PREFIX + "_".join(parts)
