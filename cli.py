@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from linearize.recipes.loader import RecipeError, dump_recipe, load_recipe, shipped_recipes
+from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
 
 app = typer.Typer(
     help="Turn a pretrained softmax transformer into one with augmented linear attention.",

@@ -21,7 +21,8 @@ def environment() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts["device"] = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    on_gpu = device.type == "cuda"
+    facts["device"] = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     facts["linear attention backends"] = ", ".join(BACKENDS) + f" (auto: {next(reversed(BACKENDS))})"
     facts["teacher's softmax attention"] = teacher_backend(device)
     return facts

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 from rich.table import Table
+from torch import nn
 
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import PackedDataset
@@ -81,13 +81,13 @@ def run(context: Context) -> Artifact:
     model = softmax_model(context).to(context.device)
     models = {"teacher (softmax)": perplexity(model, data)}
     models["swa + 4 sinks, untrained"] = perplexity(install(model, PRESETS["swa"]), data)
-    for stage, model in stages_of(context, model):
-        models[NAMES[stage]] = perplexity(model, data)
+    for stage, converted in stages_of(context, model):
+        models[NAMES[stage]] = perplexity(converted, data)
     results = {
         "tokens": len(data.sequences) * section.length,
         "length": section.length,
         "models": models,
-        "ablations": ablate(model, data),
+        "ablations": ablate(converted, data),
     }
     directory = context.stage_directory("evaluate")
     write_atomically(directory / RESULTS, json.dumps(results, indent=2) + "\n")

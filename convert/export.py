@@ -36,4 +36,5 @@ def run(context: Context) -> Artifact:
             "metrics.json": metrics,
         },
     )
-    return Artifact(directory / "model", {"bytes": sum(file.stat().st_size for file in (directory / "model").iterdir())})
+    size = sum(file.stat().st_size for file in (directory / "model").iterdir())
+    return Artifact(directory / "model", {"bytes": size})

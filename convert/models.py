@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import sources
-from linearize.convert.context import Context
+from linearize.convert.context import STAGES, Context
 from linearize.layers.seam import install
 from linearize.recipes.schema import FinetuneSection
 
@@ -27,20 +27,21 @@ def softmax_model(context: Context) -> PreTrainedModel:
 
 
 def model_after(context: Context, stage: str) -> nn.Module:
-    """The converted model as `stage` left it; adapters of stage finetune are in place, not merged."""
-    model = softmax_model(context)
-    for name, model in stages_of(context, model):
-        if name == stage:
-            break
+    """The converted model as `stage` (or the last stage of the recipe before it that changes the model) left it;
+    adapters of stage finetune are in place, not merged."""
+    *_, (_, model) = stages_of(context, softmax_model(context), stage)
     return model
 
 
-def stages_of(context: Context, model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it."""
+def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") -> Iterator[tuple[str, nn.Module]]:
+    """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it, up
+    to stage `last`."""
     install(model, context.recipe.attention.config)
     yield "install", model
     for stage in ("transfer", "finetune"):
         section = getattr(context.recipe, stage)
+        if STAGES.index(stage) > STAGES.index(last):
+            return
         if section is None or not (context.stage_directory(stage) / WEIGHTS).is_file():
             continue
         if stage == "finetune" and section.method == "lora":

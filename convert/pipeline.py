@@ -3,7 +3,6 @@
 import importlib
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -80,7 +79,9 @@ def _plan(context: Context, only: str | None, start: str | None, resume: bool) -
         finished = state is not None and state["status"] == "done"
         if stage not in chosen:
             if not finished and only in stages[stages.index(stage) :]:
-                raise StageError(f"--only {only}: needs stage {stage} first, which is not finished in {context.directory}")
+                raise StageError(
+                    f"--only {only}: needs stage {stage} first, which is not finished in {context.directory}"
+                )
         elif finished:
             context.console.print(f"[bold]{stage}[/bold]  finished before, skipped")
         else:

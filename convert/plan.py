@@ -12,8 +12,8 @@ from linearize.convert.context import Context, StageError
 from linearize.convert.data import PackedDataset, check_tokenizer
 from linearize.convert.models import LINEAR, train_only, trainable, with_adapters
 from linearize.layers.config import LinearAttentionConfig
-from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install
 from linearize.layers.medusa import MedusaHeads
+from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install
 from linearize.recipes.schema import Recipe, Training
 
 CONTEXTS = (2048, 8192, 32768, 131072)

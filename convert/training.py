@@ -7,13 +7,12 @@ from typing import Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import PackedDataset
-from linearize.convert.models import WEIGHTS, save_weights, trainable
+from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.recipes.schema import Training
 
 
@@ -54,15 +53,10 @@ class StageTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def _save(self, output_dir=None, state_dict=None):
-        directory = Path(output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().contiguous() for name, value in trainable(self.model).items()}, directory / WEIGHTS)
+        save_weights(trainable(self.model), Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in trainable(self.model).items():
-                parameter.copy_(saved[name])
+        load_weights(self.model, Path(resume_from_checkpoint))
 
 
 class ShowProgress(TrainerCallback):

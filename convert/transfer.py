@@ -66,8 +66,8 @@ def transfer_attention(module, query, key, value, attention_mask, scaling=None, 
             segments=inputs.segments,
         )
         error = relative_error(output.transpose(1, 2), target, inputs.segments)
-    if error.requires_grad:
-        (error / layer.accumulation).backward()
+        if error.requires_grad:
+            (error / layer.accumulation).backward()
     layer.transfer_error = error.detach()
     return target, None
 

@@ -89,7 +89,7 @@ class Hedgehog(Projected):
     """softmax(xW) ++ softmax(-xW), floored at 1e-12 (Zhang et al. 2024, eq. 6, and LoLCATs)."""
 
     def can_produce(self, head_dim):
-        return self.dim % 2 == 0
+        return self.dim % 2 == 0 and self.dim > 2  # a softmax of one number is 1
 
     def columns(self):
         return self.dim // 2
@@ -144,7 +144,9 @@ class RandomProjection(FeatureMap):
         blocks = []
         while sum(block.shape[1] for block in blocks) < self.columns():
             gaussian = torch.randn(head_dim, head_dim, generator=generator, device="cpu")
-            blocks.append(torch.linalg.qr(gaussian)[0] * gaussian.norm(dim=0))
+            q, r = torch.linalg.qr(gaussian)
+            # LAPACK picks the signs of q; with those of r's diagonal the directions are uniform.
+            blocks.append(q * r.diagonal().sign() * gaussian.norm(dim=0))
         self.register_buffer("weight", torch.cat(blocks, dim=1)[:, : self.columns()].contiguous())
 
 

@@ -73,9 +73,10 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             )
         found[module.layer_idx] = module
     if not found:
+        blocks = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be linearized: none of its modules goes through transformers' attention "
-            f"interface (its blocks are {', '.join(sorted({type(m).__name__ for m in model.modules() if hasattr(m, 'layer_idx')})) or 'unnamed'})"
+            f"interface (its layers are {', '.join(blocks) or 'unnamed'})"
         )
     return found
 
@@ -240,7 +241,7 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
         )
     segments = attention_mask
     if segments is not None and segments.dim() != 2:
-        raise ValueError("linear attention takes a 2-D padding mask or position_ids of packed documents, not a 4-D mask")
+        raise ValueError("linear attention takes a 2-D padding mask or packed position_ids, not a 4-D mask")
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if segments is None and cu_seqlens is not None and call.cache is None:
         segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
@@ -270,7 +271,7 @@ def linear_attention(module, query, key, value, attention_mask, scaling=None, **
     return out.transpose(1, 2).contiguous(), None
 
 
-def segments_mask(batch_size, q_length, kv_length, mask_function, q_offset=0, attention_mask=None, device=None, **kwargs):
+def segments_mask(batch_size, q_length, kv_length, mask_function, attention_mask=None, device=None, **kwargs):
     """The mask function: segments [B, T] of the new tokens (see `tokens`), or None if they need none.
 
     Packed documents show in transformers' own mask function: a token does not see its left neighbour.
