@@ -67,13 +67,20 @@ def convert(
 ):
     """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
     context = _context(recipe, overrides, out)
-    from linearize.convert.pipeline import check_directory, convert
-    from linearize.convert.plan import make_plan, show_plan
+    from linearize.convert.pipeline import run, stages_to_run
+    from linearize.convert.plan import load_plan, make_plan, save_plan, show_memory, show_plan
 
-    check_directory(context)
-    if any((context.state(stage) or {}).get("status") != "done" for stage in context.stages()):
-        show_plan(make_plan(context), console)
-    convert(context, only, start, resume)
+    todo = stages_to_run(context, only, start, resume)
+    if todo:
+        plan = make_plan(context)
+        show_plan(plan, console)
+        save_plan(plan, context.directory)
+        run(context, todo, start)
+    if (context.state("evaluate") or {}).get("status") == "done":
+        from linearize.convert.evaluate import results_table
+
+        console.print(results_table(context.state("evaluate")["metrics"]))
+    show_memory(load_plan(context.directory), console)
     console.print(f"[bold]{context.directory}[/bold]", highlight=False)
 
 
@@ -83,13 +90,14 @@ def check(recipe: RecipeArgument, overrides: Overrides = None, json: Json = Fals
     context = _context(recipe, overrides, None, quiet=json)
     from dataclasses import asdict
 
-    from linearize.convert.plan import make_plan, show_plan
+    from linearize.convert.plan import make_plan, show_memory, show_plan
 
     plan = make_plan(context)
     if json:
         print(json_module.dumps(asdict(plan), indent=2))
     else:
         show_plan(plan, console)
+        show_memory(plan, console)
 
 
 @app.command()
@@ -139,7 +147,7 @@ def _load_exported(directory: Path):
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
     if torch.cuda.is_available():
         model = model.cuda()
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 
 
 @app.command()
@@ -169,6 +177,8 @@ def chat(
         messages.append({"role": "assistant", "content": answer})
         if json:
             print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))
+        else:
+            console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, whatever the length)[/dim]")
         if prompt is not None:
             return
 

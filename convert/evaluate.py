@@ -11,7 +11,7 @@ from torch import nn
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import PackedDataset
 from linearize.convert.models import softmax_model, stages_of
-from linearize.layers.attention import BRANCHES, LinearAttention
+from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS
 from linearize.layers.seam import install
 
@@ -48,7 +48,8 @@ def perplexity(model: nn.Module, data: PackedDataset) -> float:
 
 def ablate(model: nn.Module, data: PackedDataset) -> dict[str, float]:
     """Perplexity of a linearized model with all branches and without some."""
-    layers = [module for module in model.modules() if isinstance(module, LinearAttention)]
+    # By name: a loaded export brings its own copies of these classes.
+    layers = model.linear_attentions().values()
     result = {}
     for name, branches in ABLATIONS.items():
         for layer in layers:
@@ -91,5 +92,4 @@ def run(context: Context) -> Artifact:
     }
     directory = context.stage_directory("evaluate")
     write_atomically(directory / RESULTS, json.dumps(results, indent=2) + "\n")
-    context.console.print(results_table(results))
     return Artifact(directory, results)

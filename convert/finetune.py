@@ -62,6 +62,10 @@ def run(context: Context) -> Artifact:
         train_only(model, lambda name: "lora_" in name or (section.train_attention and LINEAR in name))
     else:
         train_only(model, lambda name: section.train_attention or LINEAR not in name)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.
+        model.enable_input_require_grads()
     losses = train(context, "finetune", model, NextTokenAndDistillation(section), section)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Artifact(context.stage_directory("finetune"), {"loss": losses, "trained_parameters": trained})

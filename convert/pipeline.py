@@ -13,19 +13,8 @@ from linearize.recipes.loader import dump_recipe
 RESOLVED = "resolved.yaml"
 
 
-def convert(context: Context, only: str | None = None, start: str | None = None, resume: bool = False) -> list[str]:
-    """Run what is left to do, and return the stages that ran.
-
-    Args:
-        only: this stage alone.
-        start: this stage and those after it, again.
-        resume: go on with a stage that was interrupted.
-
-    Raises:
-        StageError: the directory holds something else, a stage before was not run, or one was interrupted and
-            neither `resume` nor `start` says what to do about it. Nothing has been changed then.
-    """
-    todo = _plan(context, only, start, resume)
+def run(context: Context, todo: list[str], start: str | None = None) -> None:
+    """Run the stages that `stages_to_run` found; `start` as there."""
     write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
     if start is not None:
         # What follows from a stage that is redone is not finished any more.
@@ -40,15 +29,9 @@ def convert(context: Context, only: str | None = None, start: str | None = None,
         seconds = round(time.monotonic() - began, 1)
         context.write_state(stage, "done", {**artifact.metrics, "seconds": seconds})
         context.console.print(f"  done in {seconds:.0f} s -> {artifact.directory}", highlight=False)
-    return todo
 
 
-def check_directory(context: Context) -> None:
-    """Refuse a directory that is somebody else's.
-
-    Raises:
-        StageError: it is not empty and holds no run.
-    """
+def _check_directory(context: Context) -> None:
     directory = context.directory
     if directory.is_file():
         raise StageError(f"--out {directory}: is a file; choose a directory")
@@ -56,8 +39,19 @@ def check_directory(context: Context) -> None:
         raise StageError(f"--out {directory}: is not empty and holds no run of linearize; choose another directory")
 
 
-def _plan(context: Context, only: str | None, start: str | None, resume: bool) -> list[str]:
-    check_directory(context)
+def stages_to_run(context: Context, only: str | None, start: str | None, resume: bool) -> list[str]:
+    """What is left to do.
+
+    Args:
+        only: this stage alone.
+        start: this stage and those after it, again.
+        resume: go on with a stage that was interrupted.
+
+    Raises:
+        StageError: the directory holds something else, a stage before was not run, or one was interrupted and
+            neither `resume` nor `start` says what to do about it.
+    """
+    _check_directory(context)
     stages = context.stages()
     for option, stage in (("--only", only), ("--from", start)):
         if stage is not None and stage not in stages:

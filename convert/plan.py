@@ -1,6 +1,8 @@
 """What a recipe will do and need, found out before any weights are read."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -8,7 +10,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
-from linearize.convert.context import Context, StageError
+from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import PackedDataset, check_tokenizer
 from linearize.convert.models import LINEAR, train_only, trainable, with_adapters
 from linearize.layers.config import LinearAttentionConfig
@@ -146,12 +148,6 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
                 f"transfer: attention preset {recipe.attention.preset} has nothing to train; set transfer: null"
             )
         add("transfer", recipe.transfer, model)
-    if recipe.medusa is not None:
-        projection = model.get_output_embeddings()
-        with torch.device("meta"):
-            shape = projection.in_features, projection.out_features
-            heads = MedusaHeads(*shape, recipe.medusa.heads, recipe.medusa.projection)
-        add("medusa", recipe.medusa, heads)
     if (finetune := recipe.finetune) is not None:
         if finetune.method == "lora":
             try:
@@ -166,6 +162,12 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
         else:
             train_only(model, lambda name: finetune.train_attention or LINEAR not in name)
         add("finetune", finetune, model)
+    if recipe.medusa is not None:
+        projection = model.get_output_embeddings()
+        with torch.device("meta"):
+            shape = projection.in_features, projection.out_features
+            heads = MedusaHeads(*shape, recipe.medusa.heads, recipe.medusa.projection)
+        add("medusa", recipe.medusa, heads)
     return stages
 
 
@@ -186,6 +188,18 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
             raise ValueError(f"{field}: {error}") from error
 
 
+def save_plan(plan: Plan, directory: Path) -> None:
+    write_atomically(directory / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+
+
+def load_plan(directory: Path) -> Plan:
+    """The plan that a run was started with."""
+    plan = json.loads((directory / "plan.json").read_text("utf-8"))
+    plan["stages"] = [StagePlan(**stage) for stage in plan["stages"]]
+    plan["kv_bytes"] = {int(length): size for length, size in plan["kv_bytes"].items()}
+    return Plan(**plan)
+
+
 def show_plan(plan: Plan, console: Console) -> None:
     """The plan as tables."""
     console.print(
@@ -199,6 +213,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         share = f"{stage.trained / stage.parameters:.2%}"
         table.add_row(stage.stage, str(stage.steps), _count(stage.tokens), _count(stage.trained), share)
     console.print(table)
+    console.print(f"memory {_size(plan.memory)} + activations, disk {_size(plan.disk)}")
+
+
+def show_memory(plan: Plan, console: Console) -> None:
+    """The linear state beside the KV cache that it replaces."""
     table = Table()
     table.add_column("context")
     table.add_column("KV cache", justify="right")
@@ -207,7 +226,6 @@ def show_plan(plan: Plan, console: Console) -> None:
     for length, size in plan.kv_bytes.items():
         table.add_row(f"{length // 1024}k", _size(size), _size(plan.state_bytes), f"{size / plan.state_bytes:.1f}")
     console.print(table)
-    console.print(f"memory {_size(plan.memory)} + activations, disk {_size(plan.disk)}")
 
 
 def _count(number: int) -> str:

@@ -126,7 +126,6 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=context.device.type == "cuda",
-        gradient_checkpointing=getattr(section, "gradient_checkpointing", False),
         deepspeed=getattr(section, "deepspeed", None),
     )
     trainer = StageTrainer(

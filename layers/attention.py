@@ -29,6 +29,9 @@ class LinearAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.backend = "auto"
         self.branches = BRANCHES
+        # The seam's notes: what the present call got, and whether the module applies its rotary embedding (None:
+        # not known yet, being watched during the first call).
+        self.call = self.rotates = self.watch = None
         if config.feature_map is not None:
             feature_map = FEATURE_MAPS[config.feature_map]
             self.phi_q = feature_map(heads, head_dim, config.feature_dim)

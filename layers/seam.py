@@ -65,6 +65,10 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             reason = "attends to another sequence"
         elif hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
             reason = "compresses its keys (multi-head latent attention)"
+        elif any(isinstance(const, tuple) and "s_aux" in const for const in code.co_consts):
+            reason = "has learned sinks inside its softmax (it passes s_aux to the interface)"
+        elif getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
+            reason = "caps its scores (attn_logit_softcapping)"
         elif module.layer_idx in found:
             reason = f"shares layer index {module.layer_idx} with another attention module"
         if reason is not None:
@@ -140,13 +144,15 @@ def install(model: PreTrainedModel, config: LinearAttentionConfig) -> PreTrained
 
 def _install(model: PreTrainedModel, config: LinearAttentionConfig) -> None:
     text_config = model.config.get_text_config(decoder=True)
-    layers = {}
-    for index, module in attention_modules(model).items():
-        layers[index] = LinearAttention(config, *head_shape(module, text_config))
-    for index, module in attention_modules(model).items():
+    modules = attention_modules(model)
+    # All are built before anything is changed: a config that does not fit leaves the model as it was.
+    layers = {index: LinearAttention(config, *head_shape(module, text_config)) for index, module in modules.items()}
+    for index, module in modules.items():
         device = next(module.parameters()).device
         if not hasattr(module, "linear_attention"):
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+            # Also when the module's own code fails half-way.
+            module.register_forward_hook(_stop_watching, always_call=True)
         module.linear_attention = layers[index].to(device)
     if not hasattr(model, "_linearize_hook"):
         model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
@@ -197,16 +203,26 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         if isinstance(value, LinearCache):
             call.cache = value.layers[module.layer_idx]
     rotary = kwargs.get("position_embeddings")
+    if rotary is not None and not (isinstance(rotary, tuple) and len(rotary) == 2):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be linearized: its rotary embedding is not a (cos, sin) pair"
+        )
     # Some layers of some families are handed an embedding that they do not apply.
-    rotates = getattr(linear, "rotates", None)
-    if linear.config.rope == "before" and rotary is not None and rotates is not False:
+    if linear.config.rope == "before" and rotary is not None and linear.rotates is not False:
         call.rotary = rotary
         cos = torch.ones_like(rotary[0])
         kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
-        if rotates is None:
+        if linear.rotates is None:
             linear.watch = _Watch(cos)
             linear.watch.__enter__()
     return args, kwargs
+
+
+def _stop_watching(module: nn.Module, *_) -> None:
+    linear = module.linear_attention
+    if linear.watch is not None:
+        linear.watch.__exit__(None, None, None)
+        linear.watch = None
 
 
 @dataclass
@@ -229,9 +245,13 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     """
     linear = module.linear_attention
     call, linear.call = linear.call, None
-    if getattr(linear, "watch", None) is not None:
-        linear.watch.__exit__(None, None, None)
-        linear.rotates, linear.watch = linear.watch.used, None
+    if call is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot be linearized: it calls the attention interface more than once"
+        )
+    if linear.watch is not None:
+        linear.rotates = linear.watch.used
+        _stop_watching(module)
         if not linear.rotates:
             call.rotary = None
     if key.shape[2] != query.shape[2]:

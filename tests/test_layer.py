@@ -15,8 +15,8 @@ from linearize.layers.cache import LinearCacheLayer
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.feature_maps import FEATURE_MAPS
 from linearize.layers.kernels import BACKENDS
-from linearize.layers.kernels.chunked import chunk_size
-from linearize.layers.tokens import locate, segments_from_cu_seqlens
+from linearize.layers.kernels.chunked import Layout, chunk_size
+from linearize.layers.tokens import Tokens, locate, segments_from_cu_seqlens
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 4, 6
 SCALE = 0.6
@@ -409,6 +409,13 @@ def test_missing_backend_is_named():
     layer = make_layer(LinearAttentionConfig(window_size=4, sinks=1), backend="abacus")
     with pytest.raises(ValueError, match="abacus.*reference"):
         run(layer, Sequence.random(1, 3))
+
+
+def test_work_does_not_grow_with_the_past():
+    """Between the sinks and the ring of a long document there may be a million tokens; they get no slots."""
+    position = torch.cat([torch.arange(3), torch.arange(10**6, 10**6 + 150)])[None]
+    layout = Layout(Tokens(torch.zeros_like(position), position), 64, sinks=3)
+    assert layout.chunks <= 5
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40))

@@ -1,0 +1,108 @@
+"""A tiny Llama with a tokenizer, on disk, and recipes for it."""
+
+import contextlib
+import io
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from linearize.recipes.schema import BUILTIN_DATA
+
+# The suite runs in parallel processes.
+torch.set_num_threads(1)
+
+TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A directory with a random two-layer Llama whose tokenizer knows the commonest words of the shipped text."""
+    directory = tmp_path_factory.mktemp("tiny") / "model"
+    words = Counter(BUILTIN_DATA["builtin:train"].read_text("utf-8").split())
+    vocabulary = ["<unk>", "<eos>", "user", "assistant", *(word for word, _ in words.most_common(240))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+        bos_token_id=1,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+@dataclass
+class Result:
+    """What a run of the command line came to."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def linearize():
+    """Runs the command line in this process: `linearize("check", path)`; anything but an exit is raised."""
+    from linearize import cli
+
+    os.environ["COLUMNS"] = "140"
+
+    def run(*arguments) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        before, sys.argv = sys.argv, ["linearize", *map(str, arguments)]
+        code = 0
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                cli.main()
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            sys.argv = before
+        return Result(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path):
+    """Writes a recipe for the tiny model and returns its path; `changes` replace or (None) drop whole sections."""
+
+    def write(**changes) -> Path:
+        training = {"batch_size": 2, "length": 64, "save_every": 2}
+        content = {
+            "name": "tiny",
+            "output": str(tmp_path / "run"),
+            "model": {"source": str(tiny_model), "license": "mit", "base_model": "somebody/tiny"},
+            "attention": {"preset": "augmented", "window_size": 16, "sinks": 2, "conv_taps": 4, "slack": 8},
+            "data": {"train": {"source": "builtin:train"}, "heldout": {"source": "builtin:heldout"}},
+            "transfer": {"steps": 6, "lr": 1e-2, **training},
+            "finetune": {"steps": 6, "lr": 1e-2, **training},
+            "medusa": {"steps": 4, "heads": 2, "lr": 1e-2, **training},
+            "evaluate": {"tokens": 256, "length": 128},
+            "export": {},
+        }
+        content = {key: value for key, value in (content | changes).items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write

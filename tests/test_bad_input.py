@@ -1,0 +1,188 @@
+"""Bad input: one sentence with its place on stderr, exit code 2, before weights are read or anything is written."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+@pytest.fixture
+def refused(linearize, recipe, tmp_path, monkeypatch):
+    """Runs convert on a recipe with changed sections and returns the one line that it is refused with."""
+
+    def no_weights(*arguments, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("linearize.convert.sources.load_model", no_weights)
+
+    def run(*overrides, **changes) -> str:
+        path = recipe(**changes)
+        results = [linearize("convert", path, *overrides), linearize("check", path, *overrides)]
+        # What `convert` refuses, `check` refuses with the same words.
+        assert [result.code for result in results] == [2, 2]
+        assert results[0].stderr == results[1].stderr
+        (line,) = results[0].stderr.splitlines()
+        assert not (tmp_path / "run").exists()
+        return line
+
+    return run
+
+
+def line_of(path, text: str) -> int:
+    return next(i for i, line in enumerate(path.read_text().splitlines(), 1) if text in line)
+
+
+def test_unknown_field(refused, tmp_path):
+    line = refused(attention={"preset": "augmented", "feature_dimm": 8})
+    number = line_of(tmp_path / "recipe.yaml", "feature_dimm")
+    assert line.startswith("linearize: ")
+    assert f"recipe.yaml:{number}: attention.feature_dimm: unknown field, did you mean feature_dim?" in line
+
+
+def test_wrong_type(refused, tmp_path):
+    line = refused(attention={"window_size": "many"})
+    number = line_of(tmp_path / "recipe.yaml", "window_size")
+    assert f"recipe.yaml:{number}: attention.window_size: expected a whole number, got 'many'" in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("feature_dim", 0), ("window_size", 0), ("sinks", 65), ("feature_dim", 7), ("conv_taps", -1)]
+)
+def test_attention_that_cannot_be(refused, field, value):
+    assert f"attention.{field}: " in refused(attention={field: value})
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "empty.txt", "blank.txt", "short.txt"])
+def test_data(refused, tmp_path, name):
+    content = {"empty.txt": "", "blank.txt": " \n\n", "short.txt": "only three words"}
+    path = tmp_path / name
+    if name in content:
+        path.write_text(content[name])
+    line = refused(data={"train": {"source": str(path)}, "heldout": {"source": "builtin:heldout"}})
+    reason = {
+        "missing.txt": "no such file",
+        "empty.txt": "empty",
+        "blank.txt": "has no documents",
+        "short.txt": "tokens, but one sequence needs 64",
+    }[name]
+    assert reason in line and ("data.train" in line or "transfer.length" in line)
+
+
+def test_data_without_the_field(refused, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a"}\n')
+    line = refused(data={"train": {"source": str(path)}, "heldout": {"source": "builtin:heldout"}})
+    assert "has no field 'text'; its fields are question" in line
+
+
+@pytest.mark.parametrize(("family", "attention"), [("bloom", "BloomAttention"), ("bert", "BertSelfAttention")])
+def test_unsupported_architecture(refused, tiny_model, tmp_path, family, attention):
+    model = tmp_path / family
+    shutil.copytree(tiny_model, model)
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    AutoConfig.for_model(family, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, n_head=4).save_pretrained(
+        model
+    )
+    line = refused(model={"source": str(model)})
+    assert "model.source" in line and attention in line and "cannot be linearized" in line
+
+
+def test_model_that_is_no_language_model(refused, tiny_model, tmp_path):
+    model = tmp_path / "t5"
+    shutil.copytree(tiny_model, model)
+    AutoConfig.for_model("t5").save_pretrained(model)
+    assert "model.source: T5Config is not the configuration of a causal language model" in refused(
+        model={"source": str(model)}
+    )
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "package:not_a_package/x.gguf", "nowhere.gguf"])
+def test_missing_model(refused, source):
+    assert "model.source: " in refused(model={"source": source})
+
+
+def test_corrupt_safetensors(refused, tiny_model, tmp_path):
+    model = tmp_path / "broken"
+    shutil.copytree(tiny_model, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    line = refused(model={"source": str(model)})
+    assert "model.source" in line and "model.safetensors is not a whole safetensors file" in line
+
+
+def test_tokenizer_larger_than_the_embedding(refused, tiny_model, tmp_path):
+    model = tmp_path / "small"
+    shutil.copytree(tiny_model, model)
+    config = AutoConfig.from_pretrained(model)
+    config.vocab_size = 100
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    line = refused(model={"source": str(model)})
+    assert "model.tokenizer: tokenizer has 244 tokens but the model's embedding has 100 rows" in line
+
+
+def test_lengths_beyond_the_model(refused):
+    assert "transfer.length: 1024 is longer than the 512 positions" in refused("transfer.length=1024")
+
+
+def test_nothing_to_train(refused):
+    assert "transfer: attention preset swa has nothing to train; set transfer: null" in refused(
+        attention={"preset": "swa"}
+    )
+
+
+def test_adapters_for_modules_that_are_not_there(refused):
+    line = refused("finetune.targets=[query]")
+    assert "finetune.targets: this model has no module named query; it has" in line and "q_proj" in line
+
+
+def test_override_that_is_wrong(refused):
+    assert "command line: transfer.stepss: unknown field, did you mean steps?" in refused("transfer.stepss=3")
+
+
+def test_all_problems_at_once(linearize, recipe):
+    path = recipe(attention={"window_size": "many", "feature_dimm": 1}, finetune={"steps": -1})
+    result = linearize("check", path)
+    assert result.code == 2 and len(result.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize("arguments", [("--only", "nothing"), ("--from", "nothing"), ("--only", "medusa")])
+def test_stages_that_there_are_not(linearize, recipe, arguments):
+    result = linearize("convert", recipe(medusa=None), *arguments)
+    assert result.code == 2
+    assert f"{arguments[0]} {arguments[1]}: this stage" in result.stderr
+    assert "its stages are load, install, transfer" in result.stderr
+
+
+def test_only_and_from_together(linearize, recipe):
+    result = linearize("convert", recipe(), "--only", "load", "--from", "load")
+    assert result.code == 2 and "give one of them, not both" in result.stderr
+
+
+def test_somebody_elses_directory(linearize, recipe, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    result = linearize("convert", recipe(), "--out", precious)
+    assert result.code == 2 and "is not empty and holds no run of linearize" in result.stderr
+    assert [path.name for path in precious.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("verb", ["chat", "evaluate"])
+def test_no_model_there(linearize, tmp_path, verb):
+    result = linearize(verb, tmp_path)
+    assert result.code == 2 and "holds no exported model" in result.stderr
+
+
+def test_unknown_recipe(linearize):
+    result = linearize("check", "demoo")
+    assert result.code == 2 and "demoo: no such file, and no shipped recipe of that name (demo, lora)" in result.stderr
+
+
+def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path):
+    model = tmp_path / "linear"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"linear_attention": {}}))
+    assert "is linearized already" in refused(model={"source": str(model)})

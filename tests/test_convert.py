@@ -1,0 +1,296 @@
+"""The user's way through the command line, on real files: convert, interrupt, resume, export, load, talk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.convert.context import STAGES
+
+# Puts the package out of reach, as on a machine that never had it.
+WITHOUT_LINEARIZE = "import sys; sys.modules['linearize'] = None\n"
+
+
+def converted(linearize, *arguments) -> str:
+    result = linearize("convert", *arguments)
+    assert result.code == 0, result.stderr
+    return result.stdout
+
+
+def state(run: Path, stage: str) -> dict:
+    return json.loads((run / stage / "state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(linearize, tiny_model, tmp_path_factory):
+    """A finished run: (its directory, what convert printed, its recipe)."""
+    directory = tmp_path_factory.mktemp("finished")
+    training = "{steps: 6, batch_size: 2, length: 64, save_every: 2, lr: 0.01"
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(f"""\
+name: tiny
+output: {directory / "run"}
+model: {{source: {tiny_model}, license: mit, base_model: somebody/tiny}}
+attention: {{preset: augmented, window_size: 16, sinks: 2, conv_taps: 4, slack: 8}}
+data: {{train: {{source: "builtin:train"}}, heldout: {{source: "builtin:heldout"}}}}
+transfer: {training}, micro_batch_size: 1}}
+finetune: {training}, distill: 0.5}}
+medusa: {training}, heads: 2}}
+evaluate: {{tokens: 256, length: 128}}
+export: {{}}
+""")
+    return directory / "run", converted(linearize, recipe), recipe
+
+
+def test_every_stage_finishes_and_the_table_is_shown(finished):
+    run, printed, _ = finished
+    assert [state(run, stage)["status"] for stage in STAGES] == ["done"] * len(STAGES)
+    for name in ("teacher (softmax)", "swa + 4 sinks", "after transfer", "after finetune", "conv off", "linear state"):
+        assert name in printed
+    assert not list(run.glob("*/checkpoints"))
+
+
+def test_augmented_starts_as_window_and_sinks(linearize, finished, tmp_path, recipe):
+    run, *_ = finished
+    measured = state(run, "evaluate")["metrics"]
+    # swa is measured at its own window of 64; a run of that width starts there.
+    path = recipe(attention={"preset": "augmented"}, transfer=None, finetune=None, medusa=None, export=None)
+    converted(linearize, path)
+    models = state(tmp_path / "run", "evaluate")["metrics"]["models"]
+    assert models["installed"] == pytest.approx(models["swa + 4 sinks, untrained"], rel=1e-6)
+    assert measured["models"]["teacher (softmax)"] == pytest.approx(models["teacher (softmax)"], rel=1e-6)
+    assert measured["ablations"]["full"] == measured["models"]["after finetune"]
+
+
+def test_training_lowers_the_losses(finished):
+    run, *_ = finished
+    transfer = state(run, "transfer")["metrics"]["loss"]
+    finetune = state(run, "finetune")["metrics"]["loss"]
+    assert len(transfer) == len(finetune) == 6
+    assert sum(transfer[3:]) < sum(transfer[:3]) and sum(finetune[3:]) < sum(finetune[:3])
+    accuracy = state(run, "medusa")["metrics"]["head_accuracy"]
+    assert len(accuracy) == 2 and all(0 <= head["top1"] <= head["top5"] <= 1 for head in accuracy)
+
+
+def test_second_convert_does_nothing(linearize, finished):
+    run, _, recipe = finished
+    files = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    printed = converted(linearize, recipe)
+    assert printed.count("finished before, skipped") == len(STAGES)
+    assert files == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+
+
+def test_another_recipe_is_refused_and_nothing_lost(linearize, finished):
+    run, _, recipe = finished
+    result = linearize("convert", recipe, "finetune.lr=0.5")
+    assert result.code == 2 and "Traceback" not in result.stderr
+    assert "stage finetune of another recipe (finetune.lr was 0.01, is 0.5)" in result.stderr
+    assert "--from finetune" in result.stderr
+    assert state(run, "finetune")["status"] == "done"
+
+
+def test_from_redoes_a_stage_and_those_after_it(linearize, tmp_path, recipe):
+    path = recipe(medusa=None, finetune=None)
+    converted(linearize, path)
+    before = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
+    converted(linearize, path, "transfer.steps=3", "--from", "transfer")
+    after = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
+    assert len(after["transfer"]["metrics"]["loss"]) == 3
+    assert before["evaluate"]["metrics"]["models"] != after["evaluate"]["metrics"]["models"]
+
+
+def test_only_needs_the_stages_before(linearize, recipe):
+    path = recipe()
+    result = linearize("convert", path, "--only", "finetune")
+    assert result.code == 2
+    assert "--only finetune: needs stage load first" in result.stderr
+    for stage in ("load", "install"):
+        converted(linearize, path, "--only", stage)
+    result = linearize("convert", path, "--only", "finetune")
+    assert "needs stage transfer first" in result.stderr
+
+
+@pytest.mark.parametrize("stage", ["transfer", "finetune"])
+def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, stage):
+    changes = [f"{stage}.steps=60", "medusa=null", "export=null", *(["finetune=null"] if stage == "transfer" else [])]
+    path = recipe()
+    converted(linearize, path, *changes, "--out", tmp_path / "whole")
+
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "linearize.cli", "convert", path, *changes, "--out", run]
+    # One thread, as this process has: with several, torch sums gradients in no fixed order.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    while not list(run.glob(f"{stage}/checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, "the run ended before it wrote a checkpoint"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state(run, stage)["status"] == "running"
+
+    refused = linearize("convert", path, *changes, "--out", run)
+    assert refused.code == 2 and f"stage {stage} was interrupted; --resume" in refused.stderr
+    converted(linearize, path, *changes, "--out", run, "--resume")
+    whole, resumed = (state(tmp_path / name, stage)["metrics"]["loss"] for name in ("whole", "killed"))
+    assert whole == resumed
+    saved = [load_file(tmp_path / name / stage / "weights.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    results = [state(tmp_path / name, "evaluate")["metrics"]["models"] for name in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+def load_elsewhere(model: Path, code: str) -> str:
+    """Run `code` in a process that cannot import linearize; `directory` and the usual names are defined."""
+    prelude = "import json, torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    script = f"{WITHOUT_LINEARIZE}{prelude}directory = {str(model)!r}\n{code}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_export_loads_without_the_package_and_equals_the_model_in_memory(finished, tmp_path):
+    run, *_ = finished
+    from linearize.convert.context import Context
+    from linearize.convert.models import model_after
+    from linearize.recipes.loader import load_recipe
+
+    model = model_after(Context(load_recipe(str(run / "resolved.yaml")), run, None), "finetune")
+    ids = torch.arange(1, 101).view(1, -1)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    load_elsewhere(
+        run / "export" / "model",
+        f"""
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+torch.save(model(torch.arange(1, 101).view(1, -1)).logits.detach(), {str(tmp_path / "logits.pt")!r})
+""",
+    )
+    logits = torch.load(tmp_path / "logits.pt")
+    # Merging the adapters rounds once more.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_generates_with_its_own_cache(finished):
+    run, *_ = finished
+    out = load_elsewhere(
+        run / "export" / "model",
+        """
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "the and of"}], tokenize=False)
+inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+arguments = dict(pad_token_id=1, max_new_tokens=60, min_new_tokens=60, do_sample=False, return_dict_in_generate=True)
+cached, plain = (model.generate(**inputs, **arguments, use_cache=use) for use in (True, False))
+print("\\n" + json.dumps([torch.equal(cached.sequences, plain.sequences), type(cached.past_key_values).__name__, text]))
+""",
+    )
+    assert json.loads(out.splitlines()[-1]) == [True, "LinearCache", "user the and of "]
+
+
+def test_export_is_refused_without_trust_remote_code(finished):
+    run, *_ = finished
+    # A machine has no terminal to ask on.
+    with pytest.raises((ValueError, KeyError), match="trust_remote_code|linearized_llama"):
+        AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=False)
+
+
+def test_export_uses_the_backends_of_an_installed_package(finished, monkeypatch):
+    from linearize.layers import kernels
+
+    run, *_ = finished
+    calls = []
+
+    def faster(problem):
+        calls.append(problem)
+        return kernels.reference(problem)
+
+    monkeypatch.setitem(kernels.BACKENDS, "faster", faster)
+    model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
+    model(torch.arange(1, 20).view(1, -1))
+    assert len(calls) == 2
+
+
+def test_export_carries_what_people_look_for(finished):
+    run, *_ = finished
+    model = run / "export" / "model"
+    card = (model / "README.md").read_text()
+    metrics = json.loads((model / "metrics.json").read_text())
+    perplexity = metrics["evaluate"]["models"]["after finetune"]
+    assert "base_model: somebody/tiny" in card and "license: mit" in card
+    assert f"| after finetune | {perplexity:.2f} |" in card
+    names = {path.name for path in model.iterdir()}
+    assert {"model.safetensors", "recipe.yaml", "generation_config.json", "medusa_heads.safetensors"} <= names
+    assert not any("lora" in name for name in load_file(model / "model.safetensors"))
+    assert AutoTokenizer.from_pretrained(model, trust_remote_code=True).chat_template
+
+
+def test_masters_stay_fp32_when_loaded_in_half_precision(finished):
+    run, *_ = finished
+    model = AutoModelForCausalLM.from_pretrained(
+        run / "export" / "model", trust_remote_code=True, dtype=torch.bfloat16
+    )
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for n, p in model.named_parameters() if ".linear_attention." in n} == {torch.float32}
+    model(torch.arange(1, 20).view(1, -1))
+
+
+def test_cache_bytes_do_not_grow(finished):
+    run, *_ = finished
+    model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
+    sizes = []
+    for tokens in (50, 400):
+        ids = torch.randint(2, 200, (1, tokens), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            sizes.append(model(ids, use_cache=True).past_key_values.nbytes)
+    plan = json.loads((run / "plan.json").read_text())
+    assert sizes == [plan["state_bytes"]] * 2
+
+
+def test_chat_and_evaluate_on_the_export(linearize, finished):
+    run, *_ = finished
+    told = json.loads(linearize("chat", run, "--prompt", "the and of", "--max-new-tokens", 8, "--json").stdout)
+    plan = json.loads((run / "plan.json").read_text())
+    assert isinstance(told["reply"], str) and told["cache_bytes"] == plan["state_bytes"]
+    result = linearize("evaluate", run, "--tokens", 256, "--length", 128, "--json")
+    measured = json.loads(result.stdout)["perplexity"]
+    assert measured == pytest.approx(state(run, "evaluate")["metrics"]["ablations"], rel=1e-4)
+
+
+def test_check_recipes_and_env_speak_json(linearize, recipe):
+    plan = json.loads(linearize("check", recipe(), "--json").stdout)
+    assert plan["layers"] == 2 and plan["kv_heads"] == 2 and [s["stage"] for s in plan["stages"]] == [
+        "transfer",
+        "finetune",
+        "medusa",
+    ]
+    assert plan["kv_bytes"]["2048"] == 2 * 2 * 2 * 8 * 4 * 2048
+    assert "demo" in json.loads(linearize("recipes", "--json").stdout)
+    assert json.loads(linearize("env", "--json").stdout)["linear attention backends"]
+
+
+@pytest.mark.parametrize("preset", ["augmented-icml", "lolcats", "hedgehog", "t2r", "swa"])
+def test_every_preset_converts(linearize, recipe, tmp_path, preset):
+    sections = {"attention": {"preset": preset}, "medusa": None}
+    if preset == "swa":
+        sections["transfer"] = None
+    converted(linearize, recipe(**sections), "transfer.steps=2" if preset != "swa" else "finetune.steps=2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export" / "model", trust_remote_code=True)
+    ids = torch.arange(1, 151).view(1, -1)
+    arguments = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(ids, **arguments), model.generate(ids, use_cache=False, **arguments))
+
+
+def test_full_finetune(linearize, recipe, tmp_path):
+    path = recipe(medusa=None, transfer=None)
+    converted(linearize, path, "finetune.method=full", "finetune.gradient_checkpointing=true")
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "run" / "finetune" / "weights.safetensors")

@@ -1,0 +1,129 @@
+"""Attention transfer: layer-local gradients, the teacher's own output, memory of one layer at a time."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from linearize.convert.models import LINEAR, train_only
+from linearize.convert.transfer import IMPLEMENTATION, OutputMSE
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.seam import install
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4)
+
+
+def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = base or LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SMALL))
+    install(model.eval(), config)
+    train_only(model, lambda name: LINEAR in name)
+    model.set_attn_implementation(IMPLEMENTATION)
+    for layer in model.linear_attentions().values():
+        layer.accumulation = 1
+    return model
+
+
+def batch(length: int = 96, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Rows of two packed documents each."""
+    ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1))
+    half = torch.arange(length // 2)
+    return {"input_ids": ids, "position_ids": torch.cat([half, half])[None].expand(rows, -1)}
+
+
+def test_the_model_computes_what_the_teacher_computes():
+    data = batch()
+    model = transfer_model()
+    hidden = model.get_decoder()(**data, use_cache=False).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(hidden, model.get_decoder()(**data, use_cache=False).last_hidden_state)
+
+
+def test_a_sliding_window_of_the_teacher_is_kept():
+    data = batch()
+    model = transfer_model(base=MistralForCausalLM(MistralConfig(num_hidden_layers=2, sliding_window=12, **SMALL)))
+    hidden = model.get_decoder()(**data, use_cache=False).last_hidden_state
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(hidden, model.get_decoder()(**data, use_cache=False).last_hidden_state)
+
+
+def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
+    model = transfer_model()
+    OutputMSE().loss(model, batch(), 1)
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all((LINEAR in name) == (grad is not None) for name, grad in grads.items())
+    assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
+    # What layer 1 learns does not depend on how layer 0 answers: it hears the teacher.
+    with torch.no_grad():
+        model.linear_attentions()[0].lam.fill_(5.0)
+    model.zero_grad()
+    OutputMSE().loss(model, batch(), 1)
+    for name, parameter in model.named_parameters():
+        if name.startswith("model.layers.1.") and LINEAR in name:
+            torch.testing.assert_close(parameter.grad, grads[name])
+
+
+def test_mini_batches_add_up():
+    data = batch(rows=4)
+    model = transfer_model()
+    errors = [OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 2) for i in (0, 2)]
+    summed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    singles = []
+    for i in (0, 2):
+        model.zero_grad()
+        OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 1)
+        singles.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in summed.items():
+        torch.testing.assert_close(grad, (singles[0][name] + singles[1][name]) / 2)
+    assert all(error.isfinite() for error in errors)
+
+
+@pytest.mark.parametrize("preset", ["augmented", "augmented-icml", "lolcats", "hedgehog", "t2r"])
+def test_training_lowers_the_error_of_every_layer(preset):
+    model = transfer_model(config=PRESETS[preset])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # Documents long enough that every preset has something far.
+    data = batch(length=384)
+
+    def errors():
+        return torch.stack([layer.transfer_error for layer in model.linear_attentions().values()])
+
+    OutputMSE().loss(model, data, 1)
+    first = errors()
+    for _ in range(20):
+        optimizer.zero_grad()
+        OutputMSE().loss(model, data, 1)
+        optimizer.step()
+    assert (errors() < first).all()
+
+
+def saved_at_once(layers: int) -> int:
+    """The most bytes that autograd holds for the backward pass at any time of one transfer step."""
+    model, data = transfer_model(layers), batch()
+    held, most = 0, 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal held, most
+            self.tensor, self.size = tensor, tensor.nbytes
+            held += self.size
+            most = max(most, held)
+
+        def __del__(self):
+            nonlocal held
+            held -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        OutputMSE().loss(model, data, 1)
+    assert held == 0
+    return most
+
+
+def test_memory_for_the_backward_pass_does_not_grow_with_depth():
+    assert saved_at_once(8) == saved_at_once(2) > 0
