@@ -110,8 +110,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
         text = shipped[name].read_text("utf-8")
         if json:
             print(json_module.dumps({"name": name, "yaml": text}))
-        else:
+        elif console.is_terminal:
             console.print(Syntax(text, "yaml", background_color="default"))
+        else:
+            print(text, end="")
         return
     about = {name: path.read_text("utf-8").splitlines()[0].lstrip("# ") for name, path in shipped.items()}
     if json:
@@ -207,7 +209,7 @@ def evaluate(
     from linearize.convert.evaluate import ablate
 
     packed = PackedDataset([source], tokenizer, length, tokens // length)
-    results = ablate(loaded, packed)
+    results = dict(ablate(loaded, packed))
     if json:
         print(json_module.dumps({"tokens": len(packed.sequences) * length, "length": length, "perplexity": results}))
         return
@@ -245,6 +247,9 @@ def main() -> None:
         if not isinstance(error, StageError):
             raise
         problems = [str(error)]
+    except KeyboardInterrupt:
+        errors.print("linearize: interrupted; the same command with --resume goes on")
+        sys.exit(130)
     else:
         return
     for problem in problems:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from linearize import __version__
-from linearize.convert import sources
 from linearize.recipes.schema import Recipe
 
 # Which parts of a recipe each stage reads, besides what it gets from the stages before it.
@@ -98,7 +98,7 @@ class Context:
 
     @cached_property
     def tokenizer(self):
-        return sources.AutoTokenizer.from_pretrained(self.stage_directory("load") / "tokenizer")
+        return AutoTokenizer.from_pretrained(self.stage_directory("load") / "tokenizer")
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from torch import nn
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import PackedDataset
 from linearize.convert.models import softmax_model, stages_of
+from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS
 from linearize.layers.seam import install
@@ -46,18 +47,16 @@ def perplexity(model: nn.Module, data: PackedDataset) -> float:
     return math.exp(total / count)
 
 
-def ablate(model: nn.Module, data: PackedDataset) -> dict[str, float]:
-    """Perplexity of a linearized model with all branches and without some."""
+def ablate(model: nn.Module, data: PackedDataset) -> Iterator[tuple[str, float]]:
+    """Perplexity of a linearized model with all branches and without some, by the names of `ABLATIONS`."""
     # By name: a loaded export brings its own copies of these classes.
     layers = model.linear_attentions().values()
-    result = {}
     for name, branches in ABLATIONS.items():
         for layer in layers:
             layer.branches = branches
-        result[name] = perplexity(model, data)
+        yield name, perplexity(model, data)
     for layer in layers:
         layer.branches = BRANCHES
-    return result
 
 
 def results_table(results: dict) -> Table:
@@ -79,17 +78,22 @@ def run(context: Context) -> Artifact:
     data = PackedDataset(
         context.recipe.data.heldout, context.tokenizer, section.length, section.tokens // section.length
     )
+    tokens = len(data.sequences) * section.length
+    results = {"tokens": tokens, "length": section.length, "models": {}, "ablations": {}}
     model = softmax_model(context).to(context.device)
-    models = {"teacher (softmax)": perplexity(model, data)}
-    models["swa + 4 sinks, untrained"] = perplexity(install(model, PRESETS["swa"]), data)
-    for stage, converted in stages_of(context, model):
-        models[NAMES[stage]] = perplexity(converted, data)
-    results = {
-        "tokens": len(data.sequences) * section.length,
-        "length": section.length,
-        "models": models,
-        "ablations": ablate(converted, data),
-    }
+    variants = 3 + sum(stage in context.stages() for stage in ("transfer", "finetune")) + len(ABLATIONS)
+    with TokenProgress(context.console, variants, tokens) as bar:
+
+        def measured(group: str, name: str, value: float) -> None:
+            results[group][name] = value
+            bar.show(len(results["models"]) + len(results["ablations"]), f"{name} {value:.2f}")
+
+        measured("models", "teacher (softmax)", perplexity(model, data))
+        measured("models", "swa + 4 sinks, untrained", perplexity(install(model, PRESETS["swa"]), data))
+        for stage, converted in stages_of(context, model):
+            measured("models", NAMES[stage], perplexity(converted, data))
+        for name, value in ablate(converted, data):
+            measured("ablations", name, value)
     directory = context.stage_directory("evaluate")
     write_atomically(directory / RESULTS, json.dumps(results, indent=2) + "\n")
     return Artifact(directory, results)

@@ -3,11 +3,10 @@
 import shutil
 
 import torch
-from peft import PeftModel
 
 from linearize.convert.context import Artifact, Context
 from linearize.convert.medusa import trained_heads
-from linearize.convert.models import model_after
+from linearize.convert.models import LINEAR, merged_model
 from linearize.hub.card import model_card
 from linearize.hub.export import export_model
 from linearize.recipes.loader import dump_recipe
@@ -15,12 +14,12 @@ from linearize.recipes.loader import dump_recipe
 
 def run(context: Context) -> Artifact:
     recipe = context.recipe
-    model = model_after(context, "finetune")
-    if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+    model = merged_model(context)
     heads = None if recipe.medusa is None else trained_heads(context, model)
     if recipe.export.dtype is not None:
-        model.to(getattr(torch, recipe.export.dtype))
+        for name, parameter in model.named_parameters():
+            if LINEAR not in name:
+                parameter.data = parameter.data.to(getattr(torch, recipe.export.dtype))
     metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage != "export"}
     directory = context.stage_directory("export")
     shutil.rmtree(directory / "model", ignore_errors=True)

@@ -6,7 +6,7 @@ from torch import nn
 from linearize.convert.context import Artifact, Context
 from linearize.convert.data import PackedDataset
 from linearize.convert.evaluate import batches
-from linearize.convert.models import load_weights, model_after, train_only
+from linearize.convert.models import load_weights, merged_model, train_only
 from linearize.convert.training import train
 from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.schema import EvaluateSection, MedusaSection
@@ -26,11 +26,11 @@ class MedusaModel(nn.Module):
     def forward(self, batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
         with torch.no_grad():
-            output = self.base.get_decoder()(
+            hidden = self.base.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            )
+            ).last_hidden_state
         pairs = []
-        for i, logits in enumerate(self.heads(output.last_hidden_state, self.base.get_output_embeddings())):
+        for i, logits in enumerate(self.heads(hidden, self.base.get_output_embeddings())):
             ahead = i + 2
             # A label counts if no document begins on the way to it: positions then go on without a restart.
             labels, position = batch["labels"][:, ahead:], batch["position_ids"]
@@ -69,7 +69,7 @@ def head_accuracy(model: MedusaModel, data: PackedDataset, device: torch.device)
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
-    model = MedusaModel(model_after(context, "finetune"), section)
+    model = MedusaModel(merged_model(context), section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section)
     measured = context.recipe.evaluate or EvaluateSection()
     data = PackedDataset(

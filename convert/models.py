@@ -33,6 +33,12 @@ def model_after(context: Context, stage: str) -> nn.Module:
     return model
 
 
+def merged_model(context: Context) -> PreTrainedModel:
+    """The converted model after its last stage, adapters merged into the weights."""
+    model = model_after(context, "finetune")
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
 def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") -> Iterator[tuple[str, nn.Module]]:
     """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it, up
     to stage `last`."""

@@ -1,5 +1,6 @@
 """What a recipe will do and need, found out before any weights are read."""
 
+import importlib.util
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise ValueError(f"model.tokenizer: {error}") from error
     _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None))
 
+    if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)

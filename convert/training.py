@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import PackedDataset
 from linearize.convert.models import load_weights, save_weights, trainable
+from linearize.convert.progress import TokenProgress
 from linearize.recipes.schema import Training
 
 
@@ -60,27 +60,18 @@ class StageTrainer(Trainer):
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with loss, tokens per second and time left."""
+    """A bar over the steps, with the loss."""
 
     def __init__(self, context: Context, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self.bar = Progress(
-            TextColumn("  "),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4g}  {task.fields[rate]:.0f} tokens/s  left"),
-            TimeRemainingColumn(),
-            console=context.console,
-        )
+        self.context, self.tokens_per_step = context, tokens_per_step
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = TokenProgress(self.context.console, state.max_steps, self.tokens_per_step, state.global_step)
         self.bar.start()
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, loss=float("nan"), rate=0)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in (logs or {}):
-            rate = (self.bar.tasks[self.task].speed or 0) * self.tokens_per_step
-            self.bar.update(self.task, completed=state.global_step, loss=logs["loss"], rate=rate)
+            self.bar.show(state.global_step, f"loss {logs['loss']:.4g}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.stop()

@@ -88,7 +88,7 @@ class OutputMSE:
         for layer in layers:
             layer.accumulation = accumulation
         with torch.no_grad():
-            model.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         return torch.stack([layer.transfer_error.to(batch["input_ids"].device) for layer in layers]).mean()
 
 

@@ -63,7 +63,8 @@ def export_model(
     """
     base = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
     directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    # In the layout of memory: transformers renames weights by model type on loading, and this type is its own.
+    model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

@@ -4,9 +4,14 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+# Before transformers is imported: nothing is looked for on the Hub, and copied model code does not stay.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="linearize-modules-")
 
 import pytest
 import torch

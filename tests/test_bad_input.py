@@ -1,5 +1,6 @@
 """Bad input: one sentence with its place on stderr, exit code 2, before weights are read or anything is written."""
 
+import importlib.util
 import json
 import shutil
 
@@ -135,6 +136,14 @@ def test_nothing_to_train(refused):
 def test_adapters_for_modules_that_are_not_there(refused):
     line = refused("finetune.targets=[query]")
     assert "finetune.targets: this model has no module named query; it has" in line and "q_proj" in line
+
+
+def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    found = lambda name, *rest: None if name == "deepspeed" else real(name, *rest)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    (tmp_path / "zero2.json").write_text("{}")
+    assert "finetune.deepspeed: deepspeed is not installed" in refused(f"finetune.deepspeed={tmp_path}/zero2.json")
 
 
 def test_override_that_is_wrong(refused):

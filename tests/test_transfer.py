@@ -40,17 +40,17 @@ def batch(length: int = 96, rows: int = 2) -> dict[str, torch.Tensor]:
 def test_the_model_computes_what_the_teacher_computes():
     data = batch()
     model = transfer_model()
-    hidden = model.get_decoder()(**data, use_cache=False).last_hidden_state
+    hidden = model.base_model(**data, use_cache=False).last_hidden_state
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(hidden, model.get_decoder()(**data, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(hidden, model.base_model(**data, use_cache=False).last_hidden_state)
 
 
 def test_a_sliding_window_of_the_teacher_is_kept():
     data = batch()
     model = transfer_model(base=MistralForCausalLM(MistralConfig(num_hidden_layers=2, sliding_window=12, **SMALL)))
-    hidden = model.get_decoder()(**data, use_cache=False).last_hidden_state
+    hidden = model.base_model(**data, use_cache=False).last_hidden_state
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(hidden, model.get_decoder()(**data, use_cache=False).last_hidden_state)
+    torch.testing.assert_close(hidden, model.base_model(**data, use_cache=False).last_hidden_state)
 
 
 def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
