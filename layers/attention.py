@@ -49,10 +49,9 @@ class LinearAttention(nn.Module):
         if config.conv_taps:
             self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps))
 
-    def weights(self) -> Weights:
+    def weights(self, device: torch.device) -> Weights:
         """The scalars of the layer's formula, with the branches that are switched off set to zero."""
-        some = next(self.parameters(), None)
-        one = torch.ones(self.heads, device=None if some is None else some.device)
+        one = torch.ones(self.heads, device=device)
         near, far = one, one
         if hasattr(self, "gate"):
             near = self.gate.sigmoid()
@@ -129,7 +128,7 @@ class LinearAttention(nn.Module):
                 state=state,
                 ancestors=ancestors,
                 config=self.config,
-                weights=self.weights(),
+                weights=self.weights(v.device),
                 scale=scale,
             ),
             self.backend,

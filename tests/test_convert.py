@@ -294,3 +294,16 @@ def test_full_finetune(linearize, recipe, tmp_path):
     path = recipe(medusa=None, transfer=None)
     converted(linearize, path, "finetune.method=full", "finetune.gradient_checkpointing=true")
     assert "model.embed_tokens.weight" in load_file(tmp_path / "run" / "finetune" / "weights.safetensors")
+
+
+def test_half_precision_keeps_masters_in_fp32(linearize, recipe, tmp_path):
+    path = recipe(medusa=None)
+    precise = ["transfer.bf16=true", "finetune.bf16=true", "model.dtype=bfloat16", "export.dtype=bfloat16"]
+    converted(linearize, path, *precise)
+    run = tmp_path / "run"
+    losses = state(run, "transfer")["metrics"]["loss"] + state(run, "finetune")["metrics"]["loss"]
+    assert all(0 < loss < 20 for loss in losses)
+    assert {w.dtype for w in load_file(run / "finetune" / "weights.safetensors").values()} == {torch.float32}
+    exported = load_file(run / "export" / "model" / "model.safetensors")
+    for name, weight in exported.items():
+        assert weight.dtype == (torch.float32 if ".linear_attention." in name else torch.bfloat16), name

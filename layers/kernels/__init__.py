@@ -107,7 +107,9 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
     name = next(reversed(BACKENDS)) if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} does not exist; choose auto or one of {', '.join(BACKENDS)}")
-    return BACKENDS[name](problem).to(problem.v.dtype)
+    # Backends choose their own precision: autocast would round their sums.
+    with torch.autocast(problem.v.device.type, enabled=False):
+        return BACKENDS[name](problem).to(problem.v.dtype)
 
 
 __all__ = ["BACKENDS", "Problem", "State", "Weights", "augmented_attention"]
