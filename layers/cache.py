@@ -125,8 +125,7 @@ class LinearCacheLayer(CacheLayerMixin):
         remembered = self.config.sinks + self.config.ring_size
 
         def pick(x):
-            index = (remembered + path.clamp(min=0))[:, None, :, None]
-            return torch.cat([x[:, :, :remembered], torch.take_along_dim(x, index, dim=2)], dim=2)
+            return torch.cat([x[:, :, :remembered], _pick(x, remembered + path.clamp(min=0))], dim=2)
 
         accepted = torch.where(path >= 0, 0, PADDING)
         depth = torch.arange(path.shape[1], device=path.device)
@@ -224,5 +223,10 @@ def _place(keys: dict[str, Tensor], chosen: Tensor, slot: Tensor, slots: int) ->
     batch, length = chosen.shape
     source = torch.zeros(batch, slots + 1, dtype=torch.long, device=chosen.device)
     index = torch.arange(length, device=chosen.device).expand(batch, -1)
-    source = source.scatter(1, torch.where(chosen, slot, slots), index)[:, None, :slots, None]
-    return {name: torch.take_along_dim(x, source, dim=2) for name, x in keys.items()}
+    source = source.scatter(1, torch.where(chosen, slot, slots), index)[:, :slots]
+    return {name: _pick(x, source) for name, x in keys.items()}
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """[B, H_kv, n, ..] the tokens `index` [B, n] of x [B, H_kv, K, ..]."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
