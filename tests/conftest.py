@@ -27,6 +27,12 @@ torch.set_num_threads(1)
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A directory with a random two-layer Llama whose tokenizer knows the commonest words of the shipped text."""
