@@ -39,7 +39,7 @@ def _context(recipe: str, overrides: list[str] | None, out: Path | None, quiet: 
     _quieten()
     from linearize.convert.context import Context
 
-    return Context(loaded, out or Path(loaded.output), Console(stderr=True) if quiet else console)
+    return Context(loaded, out or Path(loaded.output).expanduser(), Console(stderr=True) if quiet else console)
 
 
 def _quieten() -> None:
@@ -139,17 +139,21 @@ def _exported(directory: Path) -> Path:
 
 def _load_exported(directory: Path):
     path = _exported(directory)
+    if "linear_attention" not in json_module.loads((path / "config.json").read_text("utf-8")):
+        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
     _quieten()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from linearize.convert.sources import Source, check_weights
+    from linearize.convert.sources import READ_ERRORS, check_weights, first_line
 
-    check_weights(Source(str(path)))
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    try:
+        check_weights(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+    except READ_ERRORS as error:
+        raise BadInput(f"{path}: cannot be loaded: {first_line(error)}") from error
+    return model.cuda() if torch.cuda.is_available() else model, tokenizer
 
 
 @app.command()
@@ -203,17 +207,18 @@ def evaluate(
     try:
         source = DataSource(source=data)
     except ValidationError as error:
-        raise BadInput(f"--data {data}: {error.errors()[0]['ctx']['error']}") from None
+        raise BadInput(f"--data {data}: {error.errors()[0]['msg']}") from None
     loaded, tokenizer = _load_exported(model)
-    from linearize.convert.data import PackedDataset
+    from linearize.convert.data import packed
     from linearize.convert.evaluate import ablate
 
-    packed = PackedDataset([source], tokenizer, length, tokens // length)
-    results = dict(ablate(loaded, packed))
+    sequences = packed("--data", [source], tokenizer, length, tokens // length)
+    tokens = len(sequences.sequences) * length
+    results = dict(ablate(loaded, sequences))
     if json:
-        print(json_module.dumps({"tokens": len(packed.sequences) * length, "length": length, "perplexity": results}))
+        print(json_module.dumps({"tokens": tokens, "length": length, "perplexity": results}))
         return
-    table = Table("branches", "perplexity", title=f"{data}, {len(packed.sequences) * length} tokens")
+    table = Table("branches", "perplexity", title=f"{data}, {tokens} tokens")
     for name, value in results.items():
         table.add_row(name, f"{value:.2f}")
     console.print(table)
@@ -247,9 +252,6 @@ def main() -> None:
         if not isinstance(error, StageError):
             raise
         problems = [str(error)]
-    except KeyboardInterrupt:
-        errors.print("linearize: interrupted; the same command with --resume goes on")
-        sys.exit(130)
     else:
         return
     for problem in problems:

@@ -15,17 +15,17 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from linearize import __version__
-from linearize.recipes.schema import Recipe
+from linearize.recipes.schema import Recipe, package_file
 
 # Which parts of a recipe each stage reads, besides what it gets from the stages before it.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {
-    "load": ("model",),
+    "load": ("model.source", "model.revision", "model.dtype", "model.tokenizer"),
     "install": ("attention",),
     "transfer": ("transfer", "data.train", "seed"),
     "finetune": ("finetune", "data.train", "seed"),
-    "medusa": ("medusa", "data", "evaluate.length", "seed"),
+    "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
     "evaluate": ("evaluate", "data.heldout"),
-    "export": ("export", "name"),
+    "export": ("export", "name", "model.license", "model.base_model"),
 }
 STAGES = tuple(STAGE_INPUTS)
 OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export")
@@ -125,4 +125,8 @@ def _local_files(value: Any) -> set[str]:
         value = list(value.values())
     if isinstance(value, list):
         return set().union(*(_local_files(item) for item in value))
-    return {str(Path(value).resolve())} if isinstance(value, str) and Path(value).is_file() else set()
+    if not isinstance(value, str):
+        return set()
+    path = package_file(value) if value.startswith("package:") else Path(value).expanduser()
+    files = path.iterdir() if path.is_dir() else [path]
+    return {str(file.resolve()) for file in files if file.is_file()}

@@ -5,8 +5,11 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
+from linearize.convert.context import StageError
+from linearize.convert.sources import first_line
 from linearize.recipes.schema import BUILTIN_DATA, DataSource
 
 # ShareGPT's speakers; the other names (system, tool, ...) are those of chat templates already.
@@ -45,7 +48,7 @@ def documents(source: DataSource, tokenizer) -> Iterator[list[int]]:
 
 
 def _values(source: DataSource) -> Iterator[str | list | None]:
-    path = BUILTIN_DATA.get(source.source, Path(source.source))
+    path = BUILTIN_DATA.get(source.source, Path(source.source).expanduser())
     if path.suffix == ".txt":
         yield from path.read_text("utf-8").split("\f")
         return
@@ -136,6 +139,20 @@ class PackedDataset(Dataset):
         if not 0 <= index < self.size:
             raise IndexError(index)
         return self.sequences[index % len(self.sequences)]
+
+
+def packed(field: str, sources: Sequence[DataSource], tokenizer, length: int, size: int) -> PackedDataset:
+    """A `PackedDataset`, whose errors name the recipe's `field`.
+
+    Raises:
+        StageError: the data cannot be read or are too few.
+    """
+    try:
+        return PackedDataset(sources, tokenizer, length, size)
+    except (ValueError, OSError, TemplateError) as error:
+        names = ", ".join(source.source for source in sources)
+        text = first_line(error)
+        raise StageError(f"{field}: {text if names in text else f'{names}: {text}'}") from error
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:

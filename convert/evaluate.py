@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from rich.table import Table
 from torch import nn
 
 from linearize.convert.context import Artifact, Context, write_atomically
-from linearize.convert.data import PackedDataset
+from linearize.convert.data import PackedDataset, packed
 from linearize.convert.models import softmax_model, stages_of
 from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
@@ -75,13 +76,20 @@ def results_table(results: dict) -> Table:
 
 def run(context: Context) -> Artifact:
     section = context.recipe.evaluate
-    data = PackedDataset(
-        context.recipe.data.heldout, context.tokenizer, section.length, section.tokens // section.length
+    data = packed(
+        "data.heldout", context.recipe.data.heldout, context.tokenizer, section.length, section.tokens // section.length
     )
     tokens = len(data.sequences) * section.length
     results = {"tokens": tokens, "length": section.length, "models": {}, "ablations": {}}
     model = softmax_model(context).to(context.device)
-    variants = 3 + sum(stage in context.stages() for stage in ("transfer", "finetune")) + len(ABLATIONS)
+    # The published baseline, and the same at this recipe's own window.
+    own = context.recipe.attention.config
+    baselines = [PRESETS["swa"]]
+    if own.window is not None:
+        same_window = replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)
+        baselines += [same_window] if same_window not in baselines else []
+    trained = sum(stage in context.stages() for stage in ("transfer", "finetune"))
+    variants = 2 + len(baselines) + trained + len(ABLATIONS)
     with TokenProgress(context.console, variants, tokens) as bar:
 
         def measured(group: str, name: str, value: float) -> None:
@@ -89,7 +97,9 @@ def run(context: Context) -> Artifact:
             bar.show(len(results["models"]) + len(results["ablations"]), f"{name} {value:.2f}")
 
         measured("models", "teacher (softmax)", perplexity(model, data))
-        measured("models", "swa + 4 sinks, untrained", perplexity(install(model, PRESETS["swa"]), data))
+        for config in baselines:
+            name = f"{config.window} window {config.window_size} + {config.sinks} sinks, untrained"
+            measured("models", name, perplexity(install(model, config), data))
         for stage, converted in stages_of(context, model):
             measured("models", NAMES[stage], perplexity(converted, data))
         for name, value in ablate(converted, data):

@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from linearize.convert.context import Artifact, Context
-from linearize.convert.models import LINEAR, model_after, train_only, with_adapters
+from linearize.convert.models import model_after, prepare_finetune
 from linearize.convert.training import train
-from linearize.convert.transfer import teacher_backend
 from linearize.layers.seam import IMPLEMENTATION
 from linearize.recipes.schema import FinetuneSection
 
@@ -44,24 +43,21 @@ class NextTokenAndDistillation:
 
     def _teacher_logits(self, model, inputs):
         base = model.get_base_model()
-        base.set_attn_implementation(teacher_backend(inputs["input_ids"].device))
+        base.set_attn_implementation("sdpa")
+        model.eval()
         try:
             with torch.no_grad(), model.disable_adapter():
                 return model(**inputs).logits
         finally:
             base.set_attn_implementation(IMPLEMENTATION)
+            model.train()
 
 
 def run(context: Context) -> Artifact:
     section = context.recipe.finetune
     before = "install" if context.recipe.transfer is None else "transfer"
     torch.manual_seed(context.recipe.seed)
-    model = model_after(context, before)
-    if section.method == "lora":
-        model = with_adapters(model, section)
-        train_only(model, lambda name: "lora_" in name or (section.train_attention and LINEAR in name))
-    else:
-        train_only(model, lambda name: section.train_attention or LINEAR not in name)
+    model = prepare_finetune(model_after(context, before), section)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.

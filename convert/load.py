@@ -11,4 +11,6 @@ def run(context: Context) -> Artifact:
     sources.load_tokenizer(recipe).save_pretrained(directory / "tokenizer")
     if source.gguf:
         sources.load_model(source, recipe.dtype).save_pretrained(directory / "model")
-    return Artifact(directory, {"source": recipe.source})
+    # A branch on the Hub moves; what is converted is the commit that it pointed to.
+    commit = getattr(sources.load_config(source), "_commit_hash", None)
+    return Artifact(directory, {"source": recipe.source, "revision": commit or recipe.revision})

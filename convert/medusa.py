@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from linearize.convert.context import Artifact, Context
-from linearize.convert.data import PackedDataset
+from linearize.convert.data import PackedDataset, packed
 from linearize.convert.evaluate import batches
 from linearize.convert.models import load_weights, merged_model, train_only
 from linearize.convert.training import train
@@ -18,10 +18,14 @@ class MedusaModel(nn.Module):
     def __init__(self, base: nn.Module, section: MedusaSection):
         super().__init__()
         self.base = base
-        projection = base.get_output_embeddings()
-        self.heads = MedusaHeads(projection.in_features, projection.out_features, section.heads, section.projection)
-        self.heads.copy_projection(projection)
+        self.heads = MedusaHeads(base.get_output_embeddings(), section.heads, section.projection)
         train_only(self, lambda name: name.startswith("heads."))
+
+    def train(self, mode: bool = True):
+        """Training mode is for the heads: what they learn from is the model as it is used."""
+        super().train(mode)
+        self.base.eval()
+        return self
 
     def forward(self, batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
@@ -71,9 +75,9 @@ def run(context: Context) -> Artifact:
     torch.manual_seed(context.recipe.seed)
     model = MedusaModel(merged_model(context), section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section)
-    measured = context.recipe.evaluate or EvaluateSection()
-    data = PackedDataset(
-        context.recipe.data.heldout, context.tokenizer, measured.length, max(1, measured.tokens // measured.length)
+    tokens = (context.recipe.evaluate or EvaluateSection()).tokens
+    data = packed(
+        "data.heldout", context.recipe.data.heldout, context.tokenizer, section.length, -(-tokens // section.length)
     )
     accuracy = head_accuracy(model.eval(), data, context.device)
     return Artifact(context.stage_directory("medusa"), {"loss": losses, "head_accuracy": accuracy})

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import sources
-from linearize.convert.context import STAGES, Context
+from linearize.convert.context import STAGES, Context, StageError
 from linearize.layers.seam import install
 from linearize.recipes.schema import FinetuneSection
 
@@ -22,8 +22,14 @@ def softmax_model(context: Context) -> PreTrainedModel:
     """The model as stage load left it."""
     directory = context.stage_directory("load") / "model"
     recipe = context.recipe.model
-    source = sources.Source(str(directory)) if directory.is_dir() else sources.locate(recipe.source, recipe.revision)
-    return sources.load_model(source, recipe.dtype)
+    source = sources.Source(str(directory))
+    if not directory.is_dir():
+        loaded = context.state("load")["metrics"]
+        source = sources.locate(recipe.source, loaded["revision"])
+    try:
+        return sources.load_model(source, recipe.dtype)
+    except (OSError, ValueError) as error:
+        raise StageError(f"model.source: {error}") from error
 
 
 def model_after(context: Context, stage: str) -> nn.Module:
@@ -48,8 +54,12 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
         section = getattr(context.recipe, stage)
         if STAGES.index(stage) > STAGES.index(last):
             return
-        if section is None or not (context.stage_directory(stage) / WEIGHTS).is_file():
+        if section is None:
             continue
+        if not (context.stage_directory(stage) / WEIGHTS).is_file():
+            raise StageError(
+                f"{context.stage_directory(stage) / WEIGHTS}: is gone; --from {stage} makes it again"
+            )
         if stage == "finetune" and section.method == "lora":
             model = with_adapters(model, section)
         load_weights(model, context.stage_directory(stage))
@@ -57,15 +67,31 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
 
 
 def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel:
-    """`model` with LoRA adapters, which alone are trainable.
-
-    Raises:
-        ValueError: naming `finetune.targets` when the model has none of these modules.
-    """
+    """`model` with LoRA adapters, which alone are trainable."""
     config = LoraConfig(
         r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
+
+
+def prepare_finetune(model: PreTrainedModel, section: FinetuneSection) -> nn.Module:
+    """`model` with what `section` trains made trainable, in fp32 whatever the model's dtype.
+
+    Raises:
+        ValueError: naming `finetune.targets` when the model has no module of one of these names.
+    """
+    if section.method == "full":
+        train_only(model, lambda name: section.train_attention or LINEAR not in name)
+        return model.float()
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
+    for target in section.targets:
+        if target not in names:
+            raise ValueError(
+                f"finetune.targets: this model has no module named {target}; it has {', '.join(sorted(names))}"
+            )
+    model = with_adapters(model, section)
+    train_only(model, lambda name: "lora_" in name or (section.train_attention and LINEAR in name))
+    return model
 
 
 def train_only(model: nn.Module, wanted) -> None:

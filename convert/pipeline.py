@@ -1,6 +1,7 @@
 """A recipe's stages in order: finished ones are skipped, interrupted ones resumed, nothing redone unasked."""
 
 import importlib
+import os
 import shutil
 import time
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import yaml
 
 from linearize.convert.context import STAGES, Context, StageError, write_atomically
+from linearize.layers.seam import UnsupportedModelError
 from linearize.recipes.loader import dump_recipe
 
 RESOLVED = "resolved.yaml"
@@ -25,16 +27,24 @@ def run(context: Context, todo: list[str], start: str | None = None) -> None:
         began = time.monotonic()
         if context.state(stage) is None:
             context.write_state(stage, "running", {})
-        artifact = importlib.import_module(f"linearize.convert.{stage}").run(context)
+        try:
+            artifact = importlib.import_module(f"linearize.convert.{stage}").run(context)
+        except UnsupportedModelError as error:
+            # What only the model's forward pass shows.
+            raise StageError(f"model.source: {error}") from error
         seconds = round(time.monotonic() - began, 1)
         context.write_state(stage, "done", {**artifact.metrics, "seconds": seconds})
+        shutil.rmtree(context.stage_directory(stage) / "checkpoints", ignore_errors=True)
         context.console.print(f"  done in {seconds:.0f} s -> {artifact.directory}", highlight=False)
 
 
 def _check_directory(context: Context) -> None:
     directory = context.directory
-    if directory.is_file():
-        raise StageError(f"--out {directory}: is a file; choose a directory")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise StageError(f"--out {directory}: {existing} is a file; choose a directory")
+    if not os.access(existing, os.W_OK):
+        raise StageError(f"--out {directory}: {existing} is not writable; choose another directory")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / RESOLVED).is_file():
         raise StageError(f"--out {directory}: is not empty and holds no run of linearize; choose another directory")
 

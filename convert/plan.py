@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
 from linearize.convert.context import Context, StageError, write_atomically
-from linearize.convert.data import PackedDataset, check_tokenizer
-from linearize.convert.models import LINEAR, train_only, trainable, with_adapters
-from linearize.layers.config import LinearAttentionConfig
+from linearize.convert.data import check_tokenizer, packed
+from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
+from linearize.layers.attention import LinearAttention
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install
+from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install, is_rotary
 from linearize.recipes.schema import Recipe, Training
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -59,11 +59,13 @@ class Plan:
     disk: int
 
 
-def state_bytes(config: LinearAttentionConfig, features: int, kv_heads: int, head_dim: int, item: int) -> int:
-    """Bytes of one layer's cache for one sequence, rotary model; `item` is the size of a key's number."""
-    rows = 3 if config.rope == "before" else 2
-    recent = (config.ring_size + config.sinks) * rows * head_dim * item
-    return kv_heads * (recent + features * (head_dim + 1) * 4)
+def state_bytes(layer: LinearAttention, rotary: bool, item: int) -> int:
+    """Bytes of one layer's cache for one sequence; `item` is the size of a key's number."""
+    config = layer.config
+    # k and v, and k before its rotation where the feature map wants that.
+    rows = 3 if rotary and layer.features and config.rope == "before" else 2
+    recent = (config.ring_size + config.sinks) * rows * layer.head_dim * item
+    return layer.kv_heads * (recent + layer.features * (layer.head_dim + 1) * 4)
 
 
 def make_plan(context: Context) -> Plan:
@@ -77,6 +79,8 @@ def make_plan(context: Context) -> Plan:
     recipe = context.recipe
     try:
         return _make_plan(recipe)
+    except StageError:
+        raise
     except UnsupportedModelError as error:
         raise StageError(f"model.source: {error}") from error
     except ValueError as error:
@@ -86,9 +90,6 @@ def make_plan(context: Context) -> Plan:
 def _make_plan(recipe: Recipe) -> Plan:
     source = sources.locate(recipe.model.source, recipe.model.revision)
     config = sources.load_config(source)
-    sources.check_weights(source)
-    if hasattr(config, "linear_attention"):
-        raise ValueError(f"model.source: {recipe.model.source} is linearized already; convert the model it came from")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -104,6 +105,11 @@ def _make_plan(recipe: Recipe) -> Plan:
         install(model, recipe.attention.config)
     except ValueError as error:
         raise ValueError(f"attention.{error}") from error
+    if source.gguf is None and Path(source.path).is_dir():
+        try:
+            sources.check_weights(Path(source.path))
+        except ValueError as error:
+            raise ValueError(f"model.source: {error}") from error
 
     tokenizer = sources.load_tokenizer(recipe.model)
     try:
@@ -119,17 +125,18 @@ def _make_plan(recipe: Recipe) -> Plan:
     largest = max((stage.trained for stage in stages), default=0)
     # The GGUF copy of stage load, the exported model, and what is trained with two checkpoints of it.
     copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
-    features = next(iter(model.linear_attentions().values())).features
+    layers = model.linear_attentions()
+    held = sum(state_bytes(layer, is_rotary(modules[index]), item) for index, layer in layers.items())
     return Plan(
         model=recipe.model.source,
         layers=len(modules),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        features=features,
+        features=next(iter(layers.values())).features,
         parameters=parameters,
         stages=stages,
-        state_bytes=len(modules) * state_bytes(recipe.attention.config, features, kv_heads, head_dim, item),
+        state_bytes=held,
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
@@ -152,43 +159,30 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
             )
         add("transfer", recipe.transfer, model)
     if (finetune := recipe.finetune) is not None:
-        if finetune.method == "lora":
-            try:
-                model = with_adapters(model, finetune)
-            except ValueError as error:
-                names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "in_features")})
-                raise ValueError(
-                    f"finetune.targets: this model has no module named {' or '.join(finetune.targets)}; "
-                    f"it has {', '.join(names)}"
-                ) from error
-            train_only(model, lambda name: "lora_" in name or (finetune.train_attention and LINEAR in name))
-        else:
-            train_only(model, lambda name: finetune.train_attention or LINEAR not in name)
+        model = prepare_finetune(model, finetune)
         add("finetune", finetune, model)
     if recipe.medusa is not None:
-        projection = model.get_output_embeddings()
-        with torch.device("meta"):
-            shape = projection.in_features, projection.out_features
-            heads = MedusaHeads(*shape, recipe.medusa.heads, recipe.medusa.projection)
+        output = model.get_output_embeddings()
+        if not isinstance(output, torch.nn.Linear):
+            raise ValueError(f"medusa: heads need a linear output projection, not {type(output).__name__}")
+        heads = MedusaHeads(output, recipe.medusa.heads, recipe.medusa.projection)
         add("medusa", recipe.medusa, heads)
     return stages
 
 
 def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
-    wanted = {
-        f"{stage}.length": (recipe.data.train, section.length)
-        for stage in ("transfer", "finetune", "medusa")
-        if (section := getattr(recipe, stage)) is not None
-    }
+    wanted = []
+    for stage in ("transfer", "finetune", "medusa"):
+        if (section := getattr(recipe, stage)) is not None:
+            wanted.append((stage, "train", section.length))
+    if recipe.medusa is not None:
+        wanted.append(("medusa", "heldout", recipe.medusa.length))
     if recipe.evaluate is not None:
-        wanted["evaluate.length"] = (recipe.data.heldout, recipe.evaluate.length)
-    for field, (data, length) in wanted.items():
+        wanted.append(("evaluate", "heldout", recipe.evaluate.length))
+    for stage, data, length in wanted:
         if positions is not None and length > positions:
-            raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
-        try:
-            PackedDataset(data, tokenizer, length, 1)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from error
+            raise ValueError(f"{stage}.length: {length} is longer than the {positions} positions that the model knows")
+        packed(f"data.{data}", getattr(recipe.data, data), tokenizer, length, 1)
 
 
 def save_plan(plan: Plan, directory: Path) -> None:

@@ -1,12 +1,17 @@
 """Where models come from: a Hub id, a local directory, a GGUF file, or a file inside an installed package."""
 
+import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from linearize.recipes.schema import ModelSection, package_file
+
+# What reading a model that is not there, or damaged, ends in.
+READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,14 @@ def load_config(source: Source):
     """The model's configuration; no weights are read.
 
     Raises:
-        ValueError: transformers cannot find or read it.
+        ValueError: transformers cannot find or read it, or the model is linearized already.
     """
     try:
-        return AutoConfig.from_pretrained(source.path, **source.arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model.source: no model configuration at {source.path}: {_first_line(error)}") from error
+        if source.gguf is None and "linear_attention" in PreTrainedConfig.get_config_dict(source.path)[0]:
+            raise ValueError("it is linearized already; convert the model that it came from")
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
+    except READ_ERRORS as error:
+        raise ValueError(f"model.source: cannot use {source.path}: {first_line(error)}") from error
 
 
 def load_tokenizer(model: ModelSection):
@@ -58,28 +65,45 @@ def load_tokenizer(model: ModelSection):
     source = locate(model.tokenizer) if model.tokenizer else locate(model.source, model.revision)
     field = "model.tokenizer" if model.tokenizer else "model.source"
     try:
-        return AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}: no tokenizer at {source.path}: {_first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
+    except READ_ERRORS as error:
+        raise ValueError(f"{field}: no tokenizer at {source.path}: {first_line(error)}") from error
 
 
-def check_weights(source: Source) -> None:
-    """Open every safetensors header of a local directory.
+def check_weights(directory: Path) -> None:
+    """Look at a local model's weight files: all there, and every safetensors header whole.
 
     Raises:
-        ValueError: naming the first file that is damaged.
+        ValueError: naming the first file that is missing or damaged.
     """
-    for file in sorted(Path(source.path).glob("*.safetensors")) if Path(source.path).is_dir() else []:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"model.source: {file} is not a whole safetensors file: {_first_line(error)}") from error
+    files = {file for pattern in ("*.safetensors", "*.bin") for file in directory.glob(pattern)}
+    for index in directory.glob("*.index.json"):
+        files |= {directory / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    if not files:
+        raise ValueError(f"{directory} holds no weights (*.safetensors)")
+    for file in sorted(files):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, but the index beside it names it")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
 def load_model(source: Source, dtype: str) -> PreTrainedModel:
-    """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU."""
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments)
+    """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU.
+
+    Raises:
+        ValueError: when weights are missing or of another shape; OSError: when files are.
+    """
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, output_loading_info=True, **source.arguments
+    )
+    missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if missing:
+        raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:
         # transformers keeps regarding what came out of a GGUF file as quantized, and refuses to save it.
         dense = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype)
@@ -89,5 +113,6 @@ def load_model(source: Source, dtype: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, without the rest of it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

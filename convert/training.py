@@ -1,16 +1,16 @@
 """The training loop, once: transformers' Trainer with a stage's objective, trainable parameters and data."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from linearize.convert.context import Context, StageError
-from linearize.convert.data import PackedDataset
+from linearize.convert.data import packed
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
 from linearize.recipes.schema import Training
@@ -44,8 +44,9 @@ class StageTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.objective.is_local:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
-        with self.compute_loss_context_manager():
+        # The teacher is the model as it is used: no dropout.
+        model.eval()
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach() / self.current_gradient_accumulation_steps
 
@@ -90,8 +91,8 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
     if not trainable(model):
         raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
     directory = context.stage_directory(stage)
-    data = PackedDataset(
-        context.recipe.data.train, context.tokenizer, section.length, section.steps * section.batch_size
+    data = packed(
+        "data.train", context.recipe.data.train, context.tokenizer, section.length, section.steps * section.batch_size
     )
     micro = section.micro_batch_size or section.batch_size
     arguments = TrainingArguments(
@@ -119,6 +120,9 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
         dataloader_pin_memory=context.device.type == "cuda",
         deepspeed=getattr(section, "deepspeed", None),
     )
+    if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = StageTrainer(
         objective,
         model=model,
@@ -129,7 +133,6 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))
     save_weights(trainable(model), directory)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -27,8 +27,11 @@ def softmax_attention(module: nn.Module, inputs: Inputs, value: Tensor, scaling:
     """The output [B, T, H, D_v] that the module had before it was linearized."""
     backend = teacher_backend(value.device)
     segments, length = inputs.segments, value.shape[2]
+    if segments is not None or value.dtype == torch.float32:
+        # flash-attn takes neither documents by segment nor single precision.
+        backend = "sdpa"
     sliding_window = kwargs.get("sliding_window")
-    mask = segments
+    mask = None
     if backend == "sdpa" and (segments is not None or sliding_window is not None):
         index = torch.arange(length, device=value.device)
         distance = index[:, None] - index
@@ -92,10 +95,14 @@ class OutputMSE:
         return torch.stack([layer.transfer_error.to(batch["input_ids"].device) for layer in layers]).mean()
 
 
+OBJECTIVES = {"output_mse": OutputMSE}
+
+
 def run(context: Context) -> Artifact:
     model = model_after(context, "install")
     train_only(model, lambda name: LINEAR in name)
     model.set_attn_implementation(IMPLEMENTATION)
-    losses = train(context, "transfer", model, OutputMSE(), context.recipe.transfer)
+    section = context.recipe.transfer
+    losses = train(context, "transfer", model, OBJECTIVES[section.objective](), section)
     errors = {str(index): layer.transfer_error.item() for index, layer in model.linear_attentions().items()}
     return Artifact(context.stage_directory("transfer"), {"loss": losses, "last_error_of_layer": errors})

@@ -1,5 +1,7 @@
 """The model card: where the model comes from, what was done to it, and what was measured."""
 
+from pathlib import Path
+
 import yaml
 
 from linearize.recipes.loader import dump_recipe
@@ -16,8 +18,8 @@ linearize: memory per generated token is constant, prefill is linear in length.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("path/to/{name}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("path/to/{name}", trust_remote_code=True)
 ```
 
 `trust_remote_code` is needed: the code is in this directory, and without it nothing loads this model as the softmax
@@ -36,19 +38,20 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
     Args:
         metrics: stage -> its metrics.
     """
-    base = recipe.model.base_model or recipe.model.source
+    named = not Path(recipe.model.source).exists() and not recipe.model.source.startswith("package:")
+    base = recipe.model.base_model or (recipe.model.source if named else None)
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "base_model": base,
-        "base_model_relation": "finetune",
         "license": recipe.model.license or "other",
         "tags": ["linearize", "linear-attention"],
     }
+    if base is not None:
+        metadata |= {"base_model": base, "base_model_relation": "finetune"}
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=recipe.name,
-        base=base,
+        base=base or "A model",
         results=_results(metrics),
         recipe=dump_recipe(recipe),
     )

@@ -27,10 +27,12 @@ from .{prefix}kernels import BACKENDS
 from .{prefix}seam import LinearizedMixin
 
 try:
-    # Faster backends than the copies here, where the package is installed.
+    # Faster backends than the copies here, where the same version of the package is installed.
+    import linearize
     from linearize.layers.kernels import BACKENDS as INSTALLED
 
-    BACKENDS.update(INSTALLED)
+    if linearize.__version__ == "{version}":
+        BACKENDS.update(INSTALLED)
 except ImportError:
     pass
 
@@ -93,7 +95,8 @@ def export_model(
 
 def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
     """File name -> text of the code that a directory carries."""
-    code = {f"{MODULE}.py": TEMPLATE.format(base=base, config=config, model_type=model_type, prefix=PREFIX)}
+    names = {"base": base, "config": config, "model_type": model_type}
+    code = {f"{MODULE}.py": TEMPLATE.format(**names, prefix=PREFIX, version=__version__)}
     root = Path(linearize.layers.__file__).parent
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts

@@ -65,6 +65,8 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             reason = "attends to another sequence"
         elif hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
             reason = "compresses its keys (multi-head latent attention)"
+        elif is_rotary(module) and not _rotates_pairs(module):
+            reason = "rotates by a function other than apply_rotary_pos_emb(q, k, cos, sin)"
         elif any(isinstance(const, tuple) and "s_aux" in const for const in code.co_consts):
             reason = "has learned sinks inside its softmax (it passes s_aux to the interface)"
         elif getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
@@ -83,6 +85,21 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             f"interface (its layers are {', '.join(blocks) or 'unnamed'})"
         )
     return found
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether an attention module is handed a rotary embedding."""
+    return "position_embeddings" in inspect.signature(type(module).forward).parameters
+
+
+def _rotate_function(module: nn.Module):
+    family = sys.modules[inspect.unwrap(type(module).forward).__module__]
+    return getattr(family, "apply_rotary_pos_emb", None)
+
+
+def _rotates_pairs(module: nn.Module) -> bool:
+    rotate = _rotate_function(module)
+    return rotate is not None and list(inspect.signature(rotate).parameters)[:4] == ["q", "k", "cos", "sin"]
 
 
 def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
@@ -208,7 +225,8 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
             f"{type(module).__name__} cannot be linearized: its rotary embedding is not a (cos, sin) pair"
         )
     # Some layers of some families are handed an embedding that they do not apply.
-    if linear.config.rope == "before" and rotary is not None and linear.rotates is not False:
+    wants_raw = linear.features and linear.config.rope == "before"
+    if wants_raw and rotary is not None and linear.rotates is not False:
         call.rotary = rotary
         cos = torch.ones_like(rotary[0])
         kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
@@ -269,8 +287,7 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
         return Inputs(query, key, None, None, call.cache, segments)
     cos, sin = call.rotary
     size = cos.shape[-1]
-    rotate = sys.modules[inspect.unwrap(type(module).forward).__module__].apply_rotary_pos_emb
-    q, k = rotate(query[..., :size], key[..., :size], cos, sin)
+    q, k = _rotate_function(module)(query[..., :size], key[..., :size], cos, sin)
     q, k = torch.cat([q, query[..., size:]], dim=-1), torch.cat([k, key[..., size:]], dim=-1)
     return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments)
 

@@ -33,6 +33,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _class in (_Loader, _Dumper):
+    # No field is a date, and `2024-13-45` is a name like any other.
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in _class.yaml_implicit_resolvers.items()
+    }
     # PyYAML follows YAML 1.1, where 1e-3 without a point is text.
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")

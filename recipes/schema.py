@@ -22,6 +22,7 @@ from linearize.layers.config import PRESETS, LinearAttentionConfig
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -50,9 +51,9 @@ def _check_model_source(source: str) -> str:
     if source.startswith("package:"):
         package_file(source)
     elif source.endswith(".gguf"):
-        if not Path(source).is_file():
+        if not Path(source).expanduser().is_file():
             raise ValueError(f"no such file: {source}")
-    elif (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+    elif (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).expanduser().is_dir():
         # A Hub id has one slash at most and starts with a letter or digit.
         raise ValueError(f"no such directory: {source}")
     return source
@@ -135,10 +136,12 @@ class DataSource(Section):
     def _exists(cls, source: str) -> str:
         if source.startswith("builtin:") and source not in BUILTIN_DATA:
             raise ValueError(f"no data set {source}; there are {' and '.join(BUILTIN_DATA)}")
+        if Path(source).suffix in OTHER_SUFFIXES:
+            raise ValueError(f"files of this kind are not read: {source}; use one of {', '.join(FILE_SUFFIXES)}")
         if source.endswith(FILE_SUFFIXES):
-            if not Path(source).is_file():
+            if not Path(source).expanduser().is_file():
                 raise ValueError(f"no such file: {source}")
-            if not Path(source).stat().st_size:
+            if not Path(source).expanduser().stat().st_size:
                 raise ValueError(f"the file is empty: {source}")
         return source
 
@@ -228,6 +231,8 @@ class FinetuneSection(Training):
     @field_validator("distill")
     @classmethod
     def _some_loss(cls, distill: float, info: ValidationInfo) -> float:
+        if distill and info.data.get("method") == "full":
+            raise ValueError("the teacher is the model without its adapters, so distill needs method: lora")
         if not distill and info.data.get("next_token") == 0:
             raise ValueError("next_token and distill are both 0, so there is no loss; give one of them a weight")
         return distill
@@ -235,7 +240,7 @@ class FinetuneSection(Training):
     @field_validator("deepspeed")
     @classmethod
     def _deepspeed_exists(cls, path: str | None) -> str | None:
-        if path and not Path(path).is_file():
+        if path and not Path(path).expanduser().is_file():
             raise ValueError(f"no such file: {path}")
         return path
 

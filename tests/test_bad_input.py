@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -67,7 +68,7 @@ def test_data(refused, tmp_path, name):
         "blank.txt": "has no documents",
         "short.txt": "tokens, but one sequence needs 64",
     }[name]
-    assert reason in line and ("data.train" in line or "transfer.length" in line)
+    assert "data.train" in line and reason in line and str(path) in line
 
 
 def test_data_without_the_field(refused, tmp_path):
@@ -134,8 +135,8 @@ def test_nothing_to_train(refused):
 
 
 def test_adapters_for_modules_that_are_not_there(refused):
-    line = refused("finetune.targets=[query]")
-    assert "finetune.targets: this model has no module named query; it has" in line and "q_proj" in line
+    line = refused("finetune.targets=[q_proj, query]")
+    assert "finetune.targets: this model has no module named query; it has" in line and "v_proj" in line
 
 
 def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
@@ -190,8 +191,61 @@ def test_unknown_recipe(linearize):
 
 
 def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path):
-    model = tmp_path / "linear"
+    from linearize.hub.export import export_model
+    from linearize.layers.config import PRESETS
+    from linearize.layers.seam import install
+
+    export_model(install(AutoModelForCausalLM.from_pretrained(tiny_model), PRESETS["swa"]), tmp_path / "linear")
+    assert "is linearized already" in refused(model={"source": str(tmp_path / "linear")})
+
+
+def test_a_softmax_model_is_nothing_to_chat_with(linearize, tiny_model):
+    for verb in ("chat", "evaluate"):
+        result = linearize(verb, tiny_model)
+        assert result.code == 2 and "is not a linearized model" in result.stderr
+
+
+@pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": ', "\udcff"])
+def test_data_that_cannot_be_read(refused, tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    line = refused(data={"train": {"source": str(path)}, "heldout": {"source": "builtin:heldout"}})
+    assert f"data.train: {path}: " in line
+
+
+def test_data_of_a_kind_that_is_not_read(refused, tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b")
+    line = refused(data={"train": {"source": str(tmp_path / "rows.csv")}, "heldout": {"source": "builtin:heldout"}})
+    assert "data.train.source: files of this kind are not read" in line
+
+
+def test_data_that_are_too_few_for_the_heads(refused, tmp_path):
+    (tmp_path / "few.txt").write_text("the " * 40)
+    few = {"train": {"source": "builtin:train"}, "heldout": {"source": str(tmp_path / "few.txt")}}
+    assert "data.heldout: " in refused(data=few, evaluate=None)
+
+
+def test_distillation_needs_a_teacher(refused):
+    assert "finetune.distill: the teacher is the model without its adapters" in refused(
+        "finetune.method=full", "finetune.distill=1.0"
+    )
+
+
+def test_missing_weight_files(refused, tiny_model, tmp_path):
+    model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"linear_attention": {}}))
-    assert "is linearized already" in refused(model={"source": str(model)})
+    (model / "model.safetensors").unlink()
+    assert "holds no weights" in refused(model={"source": str(model)})
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002.safetensors is missing" in refused(model={"source": str(model)})
+
+
+def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    result = linearize("convert", recipe(model={"source": str(model)}))
+    assert result.code == 2 and "no fitting weights for model.layers.1.mlp.up_proj.weight" in result.stderr

@@ -53,19 +53,22 @@ export: {{}}
 def test_every_stage_finishes_and_the_table_is_shown(finished):
     run, printed, _ = finished
     assert [state(run, stage)["status"] for stage in STAGES] == ["done"] * len(STAGES)
-    for name in ("teacher (softmax)", "swa + 4 sinks", "after transfer", "after finetune", "conv off", "linear state"):
-        assert name in printed
+    shown = ["teacher (softmax)", "sliding window 64 + 4 sinks, untrained", "sliding window 16 + 2 sinks, untrained"]
+    shown += ["installed", "after transfer", "after finetune", "local only", "linear only", "conv off", "linear state"]
+    assert all(name in printed for name in shown)
     assert not list(run.glob("*/checkpoints"))
 
 
 def test_augmented_starts_as_window_and_sinks(linearize, finished, tmp_path, recipe):
     run, *_ = finished
     measured = state(run, "evaluate")["metrics"]
-    # swa is measured at its own window of 64; a run of that width starts there.
+    assert measured["models"]["installed"] == pytest.approx(
+        measured["models"]["sliding window 16 + 2 sinks, untrained"], rel=1e-6
+    )
     path = recipe(attention={"preset": "augmented"}, transfer=None, finetune=None, medusa=None, export=None)
     converted(linearize, path)
     models = state(tmp_path / "run", "evaluate")["metrics"]["models"]
-    assert models["installed"] == pytest.approx(models["swa + 4 sinks, untrained"], rel=1e-6)
+    assert models["installed"] == pytest.approx(models["sliding window 64 + 4 sinks, untrained"], rel=1e-6)
     assert measured["models"]["teacher (softmax)"] == pytest.approx(models["teacher (softmax)"], rel=1e-6)
     assert measured["ablations"]["full"] == measured["models"]["after finetune"]
 
@@ -74,8 +77,9 @@ def test_training_lowers_the_losses(finished):
     run, *_ = finished
     transfer = state(run, "transfer")["metrics"]["loss"]
     finetune = state(run, "finetune")["metrics"]["loss"]
-    assert len(transfer) == len(finetune) == 6
-    assert sum(transfer[3:]) < sum(transfer[:3]) and sum(finetune[3:]) < sum(finetune[:3])
+    medusa = state(run, "medusa")["metrics"]["loss"]
+    assert len(transfer) == len(finetune) == len(medusa) == 6
+    assert all(sum(losses[3:]) < sum(losses[:3]) for losses in (transfer, finetune, medusa))
     accuracy = state(run, "medusa")["metrics"]["head_accuracy"]
     assert len(accuracy) == 2 and all(0 <= head["top1"] <= head["top5"] <= 1 for head in accuracy)
 

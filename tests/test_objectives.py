@@ -1,0 +1,89 @@
+"""What the stages minimise: whose teacher, which labels, and no dropout where a frozen model teaches."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from linearize.convert.finetune import NextTokenAndDistillation
+from linearize.convert.medusa import MedusaModel
+from linearize.convert.models import prepare_finetune
+from linearize.layers.config import LinearAttentionConfig
+from linearize.layers.seam import IMPLEMENTATION, install
+from linearize.recipes.schema import FinetuneSection, MedusaSection
+
+WIDE = LinearAttentionConfig(window_size=64, sinks=4, conv_taps=4)
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_dropout=0.5,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(15), torch.arange(25)]).expand(2, -1)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+def test_distillation_is_zero_where_student_and_teacher_are_one(batch):
+    """A window wider than the text and adapters that start at zero change nothing."""
+    section = FinetuneSection(steps=1, next_token=0.0, distill=1.0)
+    model = prepare_finetune(install(llama(), WIDE), section)
+    assert NextTokenAndDistillation(section).loss(model.train(), batch, 1).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
+    section = FinetuneSection(steps=1, next_token=0.0, distill=1.0)
+    softmax = llama().eval()
+    model = prepare_finetune(install(llama(), LinearAttentionConfig(window_size=4, sinks=1)), section).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    objective = NextTokenAndDistillation(section)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    torch.testing.assert_close(objective._teacher_logits(model, inputs), softmax(**inputs).logits)
+    assert model.training and model.config._attn_implementation == IMPLEMENTATION
+    assert objective.loss(model, batch, 1).item() > 0.01
+
+
+def test_medusa_head_predicts_the_token_after_the_next(batch):
+    """Head i at token t is scored against token t + i + 2, within the document."""
+    model = MedusaModel(install(llama().eval(), WIDE), MedusaSection(steps=1, heads=2))
+    for i, (logits, labels) in enumerate(model(batch)):
+        ahead = i + 2
+        assert logits.shape == (2 * (40 - ahead), 50)
+        rows = labels.view(2, -1)
+        for t in range(40 - ahead):
+            inside = not t < 15 <= t + ahead
+            expected = batch["input_ids"][:, t + ahead] if inside else torch.full((2,), -100)
+            assert torch.equal(rows[:, t], expected), (i, t)
+
+
+@pytest.mark.parametrize("projection", ["shared", "own"])
+def test_medusa_starts_from_the_models_own_guess(batch, projection):
+    base = install(llama().eval(), WIDE)
+    model = MedusaModel(base, MedusaSection(steps=1, heads=1, projection=projection)).train()
+    expected = base(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    ((logits, _),) = model(batch)
+    torch.testing.assert_close(logits.view(2, -1, 50), expected[:, :-2])
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"heads"}
+
+
+def test_frozen_models_teach_without_dropout():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=50, resid_pdrop=0.5, embd_pdrop=0.5))
+    model = MedusaModel(install(base, WIDE), MedusaSection(steps=1, heads=1)).train()
+    ids = torch.arange(30).view(1, -1)
+    batch = {"input_ids": ids, "position_ids": torch.arange(30).view(1, -1), "labels": ids}
+    assert torch.equal(model(batch)[0][0], model(batch)[0][0])
