@@ -13,7 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from linearize.convert.context import Artifact, Context
 from linearize.convert.models import LINEAR, model_after, train_only
 from linearize.convert.training import train
-from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, take_inputs
+from linearize.layers.seam import IMPLEMENTATIONS, Inputs, attend, segments_mask, take_inputs
 
 IMPLEMENTATION = "linearize_transfer"
 
@@ -59,16 +59,7 @@ def transfer_attention(module, query, key, value, attention_mask, scaling=None, 
     layer = module.linear_attention
     target = softmax_attention(module, inputs, value, scaling, kwargs)
     with torch.enable_grad():
-        output = layer(
-            inputs.q,
-            inputs.k,
-            value,
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            raw_q=inputs.raw_q,
-            raw_k=inputs.raw_k,
-            segments=inputs.segments,
-        )
-        error = relative_error(output.transpose(1, 2), target, inputs.segments)
+        error = relative_error(attend(module, inputs, value, scaling), target, inputs.segments)
         if error.requires_grad:
             (error / layer.accumulation).backward()
     layer.transfer_error = error.detach()

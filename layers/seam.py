@@ -46,32 +46,13 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """
     found = {}
     for name, module in model.named_modules():
-        is_attention = type(module).__name__.endswith(("Attention", "SelfAttention"))
-        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        uses_interface = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-        if isinstance(module, LinearAttention) or not (is_attention or uses_interface):
+        if isinstance(module, LinearAttention) or not (_is_named_attention(module) or _calls_interface(module)):
             continue
-        reason = None
-        if not uses_interface:
-            # A wrapper around the real attention module (as BERT's) is no obstacle, nor is another kind of mixer.
-            if any(type(child).__name__.endswith("Attention") for child in module.modules() if child is not module):
-                continue
-            reason = "does not go through transformers' attention interface"
-        elif not isinstance(getattr(module, "layer_idx", None), int):
-            reason = "has no layer index"
-        elif not getattr(module, "is_causal", True):
-            reason = "is not causal"
-        elif getattr(module, "is_cross_attention", False):
-            reason = "attends to another sequence"
-        elif hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
-            reason = "compresses its keys (multi-head latent attention)"
-        elif is_rotary(module) and not _rotates_pairs(module):
-            reason = "rotates by a function other than apply_rotary_pos_emb(q, k, cos, sin)"
-        elif any(isinstance(const, tuple) and "s_aux" in const for const in code.co_consts):
-            reason = "has learned sinks inside its softmax (it passes s_aux to the interface)"
-        elif getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
-            reason = "caps its scores (attn_logit_softcapping)"
-        elif module.layer_idx in found:
+        # A wrapper around the real attention module (as BERT's) is no obstacle.
+        if not _calls_interface(module) and any(map(_is_named_attention, list(module.modules())[1:])):
+            continue
+        reason = _obstacle(module)
+        if reason is None and module.layer_idx in found:
             reason = f"shares layer index {module.layer_idx} with another attention module"
         if reason is not None:
             raise UnsupportedModelError(
@@ -85,6 +66,39 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
             f"interface (its layers are {', '.join(blocks) or 'unnamed'})"
         )
     return found
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention")
+
+
+def _code(module: nn.Module):
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
+
+
+def _calls_interface(module: nn.Module) -> bool:
+    return _code(module) is not None and "ALL_ATTENTION_FUNCTIONS" in _code(module).co_names
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why an attention module cannot be replaced, or None."""
+    if not _calls_interface(module):
+        return "does not go through transformers' attention interface"
+    if not isinstance(getattr(module, "layer_idx", None), int):
+        return "has no layer index"
+    if not getattr(module, "is_causal", True):
+        return "is not causal"
+    if getattr(module, "is_cross_attention", False):
+        return "attends to another sequence"
+    if hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
+        return "compresses its keys (multi-head latent attention)"
+    if is_rotary(module) and not _rotates_pairs(module):
+        return "rotates by a function other than apply_rotary_pos_emb(q, k, cos, sin)"
+    if any(isinstance(const, tuple) and "s_aux" in const for const in _code(module).co_consts):
+        return "has learned sinks inside its softmax (it passes s_aux to the interface)"
+    if getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
+        return "caps its scores (attn_logit_softcapping)"
+    return None
 
 
 def is_rotary(module: nn.Module) -> bool:
@@ -292,20 +306,25 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments)
 
 
-def linear_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The attention function: [B, H, T, D], [B, H_kv, T, D] x 2 -> ([B, T, H, D_v], None)."""
-    inputs = take_inputs(module, query, key, attention_mask, kwargs)
+def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:
+    """[B, T, H, D_v], the module's linear attention."""
     out = module.linear_attention(
         inputs.q,
         inputs.k,
         value,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=inputs.q.shape[-1] ** -0.5 if scaling is None else scaling,
         raw_q=inputs.raw_q,
         raw_k=inputs.raw_k,
         segments=inputs.segments,
         cache=inputs.cache,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2)
+
+
+def linear_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The attention function: [B, H, T, D], [B, H_kv, T, D] x 2 -> ([B, T, H, D_v], None)."""
+    inputs = take_inputs(module, query, key, attention_mask, kwargs)
+    return attend(module, inputs, value, scaling).contiguous(), None
 
 
 def segments_mask(batch_size, q_length, kv_length, mask_function, attention_mask=None, device=None, **kwargs):
