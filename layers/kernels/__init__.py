@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import LinearAttentionConfig
 from ..tokens import Tokens
 from .chunked import attend_sequence, chunk_size
-from .reference import State, Weights, attend
+from .reference import State, Weights, attend, contract, conv_band
 
 
 @dataclass
@@ -55,7 +55,7 @@ def reference(problem: Problem) -> Tensor:
         order = torch.ones(2 * document.shape[1:], dtype=torch.bool, device=document.device).tril()
     order = torch.cat([order.new_ones(order.shape[0], past), order], dim=1)
     visible = order & keys.valid[:, None, :] & (document[:, :, None] == keys.document[:, None, :])
-    return attend(
+    out = attend(
         problem.q,
         problem.k,
         problem.v,
@@ -70,6 +70,11 @@ def reference(problem: Problem) -> Tensor:
         problem.scale,
         recalls=document == 0,
     )
+    if problem.weights.conv is None:
+        return out
+    distance = keys.position[:, past:, None] - keys.position[:, None, :]
+    band = conv_band(problem.weights.conv.to(out.dtype), distance) * visible[:, None]
+    return out + contract(band, problem.v.to(out.dtype))
 
 
 def chunked(problem: Problem) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import LinearAttentionConfig
 from ..tokens import Tokens
-from .reference import State, Weights, attend, conv_band
+from .reference import State, Weights, attend, contract, conv_band
 
 MIN_CHUNK = 64
 
@@ -145,16 +145,11 @@ def attend_sequence(
         )
         phi_q, phi_k = phi_q.flatten(0, 1), tile(phi_k)
 
-    band = None
-    if weights.conv is not None:
-        slot = torch.arange(2 * size, device=device) - size
-        distance = torch.cat([torch.full((size, config.sinks), -1, device=device), order[:, None] - slot], dim=1)
-        band = conv_band(weights.conv.to(dtype), distance)[None]
-
+    v_tile = tile(v)
     out = attend(
         q.flatten(0, 1),
         tile(k),
-        tile(v),
+        v_tile,
         phi_q,
         phi_k,
         layout.position.flatten(0, 1),
@@ -164,9 +159,23 @@ def attend_sequence(
         config,
         weights,
         scale,
-        band,
     )
+    if weights.conv is not None:
+        # The last query sees every key of its tile that the convolution can reach.
+        reached = v_tile[:, :, config.sinks :].to(dtype) * visible[:, -1:, config.sinks :, None]
+        out = out + _convolve(reached, weights.conv.to(dtype))
     return layout.unpack(out.unflatten(0, (batch, chunks)))
+
+
+def _convolve(v: Tensor, weight: Tensor) -> Tensor:
+    """[N, H, C, D]: the convolution of the later half of v [N, H_kv, 2 C, D], 0 where there is nothing, by `weight`
+    [H, taps]. In a tile the distance of two tokens is that of their slots, so one matrix serves all tiles."""
+    tiles, kv_heads, length, dim = v.shape
+    slot = torch.arange(length, device=v.device)
+    band = conv_band(weight, slot[length // 2 :, None] - slot)  # (H, C, 2 C)
+    columns = v.permute(1, 2, 0, 3).reshape(kv_heads, length, tiles * dim)
+    out = contract(band[None], columns[None])[0]
+    return out.view(len(weight), length // 2, tiles, dim).permute(2, 0, 1, 3)
 
 
 def _sum_before_previous(x: Tensor, start: Tensor | None, keep: Tensor) -> Tensor:

@@ -55,6 +55,12 @@ def conv_band(weight: Tensor, distance: Tensor) -> Tensor:
     return (weight[:, distance.clamp(0, taps - 1)] * inside).movedim(0, -3)
 
 
+def contract(x: Tensor, y: Tensor) -> Tensor:
+    """[N, H, Q, X] x [N, H_kv, X, Y] -> [N, H, Q, Y], each key head for its group of query heads."""
+    groups = x.shape[1] // y.shape[1]
+    return (x.unflatten(1, (-1, groups)).flatten(2, 3) @ y).unflatten(2, (groups, -1)).flatten(1, 2)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -68,10 +74,9 @@ def attend(
     config: LinearAttentionConfig,
     weights: Weights,
     scale: float,
-    band: Tensor | None = None,
     recalls: Tensor | None = None,
 ) -> Tensor:
-    """Outputs [N, H, Q, D_v] in fp32 (fp64 for fp64 inputs).
+    """The near and the far branch: outputs [N, H, Q, D_v] in fp32 (fp64 for fp64 inputs).
 
     Args:
         q: [N, H, Q, D]; k: [N, H_kv, K, D]; v: [N, H_kv, K, D_v].
@@ -79,78 +84,48 @@ def attend(
         q_position, k_position: [N, Q], [N, K] positions within the document.
         visible: [N, Q, K], whether query q may look at key k at all.
         state: sums over further keys, far to every query (to those in `recalls` [N, Q], where given).
-        band: [N or 1, H, Q, K], the convolution matrix, where the caller has it already.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-
-    def per_kv_head(x):  # (N, H, Q, ..) -> (N, H_kv, groups, Q, ..)
-        return x.unflatten(1, (kv_heads, groups))
-
-    def contract(x, y):  # (N, H_kv, groups, Q, X) x (N, H_kv, X, Y) -> (N, H_kv, groups, Q, Y)
-        return (x.flatten(2, 3) @ y).unflatten(2, (groups, -1))
-
-    q, k, v = per_kv_head(q.to(dtype)), k.to(dtype), v.to(dtype)
+    v = v.to(dtype)
     is_near = near(config, q_position, k_position) & visible
-    is_far = (visible & ~is_near)[:, None, None]
-    g = weights.near.to(dtype).view(kv_heads, groups, 1, 1)
-    lam = weights.far.to(dtype).view(kv_heads, groups, 1, 1)
+    g, lam = (weight.to(dtype)[:, None, None] for weight in (weights.near, weights.far))
 
-    scores = contract(q, k.mT * scale).masked_fill(~is_near[:, None, None], -torch.inf)
+    scores = contract(q.to(dtype) * scale, k.to(dtype).mT).masked_fill(~is_near[:, None], -torch.inf)
     m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+    if config.combine == "shared":
+        # g a = exp(scores - m + log g), at no cost per key.
+        m = m - g.log()
     a = (scores - m).exp()
+    a_sum = a.sum(-1, keepdim=True)
 
-    far_out = None
+    b_v, b_sum = 0.0, 0.0
     if phi_q is not None:
-        phi_q, phi_k = per_kv_head(phi_q.to(dtype)), phi_k.to(dtype)
-        b = contract(phi_q, phi_k.mT) * is_far
-        b_sum = b.sum(-1, keepdim=True)
-        far_out = 0.0
+        phi_q, phi_k = phi_q.to(dtype), phi_k.to(dtype)
+        if config.combine == "shared":
+            phi_q = phi_q * lam
+        b = contract(phi_q, phi_k.mT) * (visible & ~is_near)[:, None]
+        b_v, b_sum = contract(b, v), b.sum(-1, keepdim=True)
         if state is not None:
-            recalling = phi_q if recalls is None else phi_q * recalls[:, None, None, :, None]
-            far_out = contract(recalling, state.S)
+            recalling = phi_q if recalls is None else phi_q * recalls[:, None, :, None]
+            b_v = b_v + contract(recalling, state.S)
             b_sum = b_sum + contract(recalling, state.z.unsqueeze(-1))
 
     if config.combine == "shared":
-        mix = g * a
-        denominator = mix.sum(-1, keepdim=True)
-        if far_out is not None:
-            mix = mix + lam * b
-            denominator = denominator + lam * b_sum
-        denominator = _nonzero(denominator)
-        mix = mix / denominator
-        if far_out is not None:
-            far_out = lam * far_out / denominator
-    else:
-        mix = g * a / _nonzero(a.sum(-1, keepdim=True))
-        if far_out is not None and config.norm == "rms":
-            far_out = lam * _rms_norm(far_out + contract(b, v))
-        elif far_out is not None:
-            if config.norm == "sum":
-                norm = _nonzero(b_sum)
-            elif config.norm == "count":
-                # Positions are contiguous, so what is visible and not near is far, in hand or in the state.
-                count = q_position + 1 - is_near.sum(-1)
-                norm = count.clamp(min=1)[:, None, None, :, None]
-            else:
-                norm = 1.0
-            mix = mix + lam * b / norm
-            far_out = lam * far_out / norm
-
-    if weights.conv is not None:
-        if band is None:
-            band = conv_band(weights.conv.to(dtype), q_position.unsqueeze(-1) - k_position.unsqueeze(-2))
-        mix = mix + per_kv_head(band * visible[:, None])
-    out = contract(mix, v)
-    if far_out is not None:
-        out = out + far_out
-    return out.flatten(1, 2)
+        return (contract(a, v) + b_v) / _nonzero(a_sum + b_sum)
+    out = g * contract(a, v) / _nonzero(a_sum)
+    if phi_q is None:
+        return out
+    if config.norm == "rms":
+        b_v = b_v * (b_v.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    elif config.norm == "sum":
+        b_v = b_v / _nonzero(b_sum)
+    elif config.norm == "count":
+        # Positions are contiguous, so what is visible and not near is far, in hand or in the state.
+        count = q_position + 1 - is_near.sum(-1)
+        b_v = b_v / count.clamp(min=1)[:, None, :, None]
+    return out + lam * b_v
 
 
 def _nonzero(denominator: Tensor) -> Tensor:
     """Padding and first tokens have nothing to divide by: 0 / 0 is 0 here."""
     return torch.where(denominator.abs() < EPS**2, EPS**2, denominator)
-
-
-def _rms_norm(x: Tensor) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
