@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import LinearAttentionConfig
 from ..tokens import Tokens
-from .reference import State, Weights, attend, contract, conv_band
+from .reference import State, Weights, attend, contract
 
 MIN_CHUNK = 64
 
@@ -171,11 +171,14 @@ def _convolve(v: Tensor, weight: Tensor) -> Tensor:
     """[N, H, C, D]: the convolution of the later half of v [N, H_kv, 2 C, D], 0 where there is nothing, by `weight`
     [H, taps]. In a tile the distance of two tokens is that of their slots, so one matrix serves all tiles."""
     tiles, kv_heads, length, dim = v.shape
-    slot = torch.arange(length, device=v.device)
-    band = conv_band(weight, slot[length // 2 :, None] - slot)  # (H, C, 2 C)
+    size, taps = length // 2, weight.shape[1]
+    # Row i of the matrix is the filter, last tap first, shifted by i. Indexing would do too, but its gradient sums
+    # thousands of equal indices one after the other.
+    shifted = torch.nn.functional.pad(weight.flip(-1), (length - taps, size - 1)).unfold(-1, length, 1)
+    band = shifted.flip(1)  # (H, C, 2 C)
     columns = v.permute(1, 2, 0, 3).reshape(kv_heads, length, tiles * dim)
     out = contract(band[None], columns[None])[0]
-    return out.view(len(weight), length // 2, tiles, dim).permute(2, 0, 1, 3)
+    return out.view(len(weight), size, tiles, dim).permute(2, 0, 1, 3)
 
 
 def _sum_before_previous(x: Tensor, start: Tensor | None, keep: Tensor) -> Tensor:
