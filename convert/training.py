@@ -47,7 +47,8 @@ class StageTrainer(Trainer):
         # The teacher is the model as it is used: no dropout.
         model.eval()
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            # Not the wrapper of a distributed launch, which knows nothing of gradients made inside the forward.
+            loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def _get_train_sampler(self, train_dataset=None):
@@ -123,6 +124,8 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
         arguments._n_gpu = min(arguments.n_gpu, 1)
+    if objective.is_local and arguments.world_size > 1:
+        raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
     trainer = StageTrainer(
         objective,
         model=model,
