@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from .cache import LinearCacheLayer
 from .config import LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
+from .gates import TokenGates
 from .kernels import Problem, Weights, augmented_attention
-from .tokens import Tokens, locate
+from .tokens import Tokens, locate, whole_sequences
 
 BRANCHES = frozenset({"local", "linear", "conv"})
 
@@ -37,10 +38,14 @@ class LinearAttention(nn.Module):
             self.phi_q = feature_map(heads, head_dim, config.feature_dim)
             self.phi_k = feature_map(kv_heads, head_dim, config.feature_dim)
             self.features = self.phi_k.dim
+            if config.state != "additive":
+                self.gates = TokenGates(config.state, kv_heads, head_dim)
             if config.combine == "sum":
                 self.alpha = nn.Parameter(torch.zeros(heads))
-            elif config.far_weight == "learned":
+            elif config.far_weight != "one":
                 self.lam = nn.Parameter(torch.zeros(heads))
+                if config.far_weight == "query":
+                    self.lam_query = nn.Parameter(torch.zeros(heads, head_dim, 1))
             elif config.window is not None:
                 # sigmoid(-2.197) = 0.1, LoLCATs' published start.
                 self.gate = nn.Parameter(torch.full((heads,), -2.197))
@@ -96,7 +101,7 @@ class LinearAttention(nn.Module):
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
-        phi_q = phi_k = None
+        phi_q = phi_k = gates = None
         if self.features:
             phi_q = self.phi_q(q if raw_q is None else raw_q)
 
@@ -115,7 +120,17 @@ class LinearAttention(nn.Module):
             )
             state = cache.state
         if self.features:
-            phi_k = self.phi_k(keys.get("raw", keys["k"]))
+            content = keys.get("raw", keys["k"])
+            phi_k = self.phi_k(content)
+            if self.config.state != "additive":
+                gates = self.gates(content)
+            if self.config.state == "delta":
+                # Unit keys: what is written under a key is read back under it.
+                phi_q, phi_k = (nn.functional.normalize(phi, dim=-1) for phi in (phi_q, phi_k))
+
+        if hasattr(self, "lam_query"):
+            query = q if raw_q is None else raw_q
+            phi_q = phi_q * (scale * query @ self.lam_query.to(query.dtype)).exp()
 
         out = augmented_attention(
             Problem(
@@ -124,6 +139,7 @@ class LinearAttention(nn.Module):
                 v=keys["v"],
                 phi_q=phi_q,
                 phi_k=phi_k,
+                gates=gates,
                 keys=tokens,
                 state=state,
                 ancestors=ancestors,
@@ -134,19 +150,19 @@ class LinearAttention(nn.Module):
             self.backend,
         )
         if ancestors is not None:
-            cache.draft = (keys, phi_k, tokens)
+            cache.draft = (keys, phi_k, gates, tokens)
         elif cache is not None:
-            cache.append(keys, phi_k, tokens, segments)
+            cache.append(keys, phi_k, gates, tokens, segments)
         return out
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
         batch, _, length, _ = k.shape
-        past = torch.zeros(batch, dtype=torch.long, device=k.device) if cache is None else cache.length
-        if segments is None:
-            position = past[:, None] + torch.arange(length, device=k.device)
-            return Tokens(torch.zeros_like(position), position)
-        past_segment = torch.zeros_like(past) if cache is None else cache.segment
-        return locate(segments, past_segment, past)
+        if cache is None:
+            return whole_sequences(segments, batch, length, k.device)
+        if segments is not None:
+            return locate(segments, cache.segment, cache.length)
+        position = cache.length[:, None] + torch.arange(length, device=k.device)
+        return Tokens(torch.zeros_like(position), position)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .config import LinearAttentionConfig
-from .kernels import State
+from .kernels import Gates, State, fold
 from .tokens import PADDING, Tokens
 
 
@@ -41,7 +41,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.ring: dict[str, Tensor] = {}
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
-        self.draft: tuple[dict[str, Tensor], Tensor | None, Tokens] | None = None
+        self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens] | None = None
         self.seen = 0
 
     def lazy_initialization(self, new: dict[str, Tensor], phi_k: Tensor | None) -> None:
@@ -78,13 +78,21 @@ class LinearCacheLayer(CacheLayerMixin):
         tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
         return {name: torch.cat([self.sinks[name], self.ring[name], x], dim=2) for name, x in new.items()}, tokens
 
-    def append(self, keys: dict[str, Tensor], phi_k: Tensor | None, tokens: Tokens, segments: Tensor | None) -> None:
+    def append(
+        self,
+        keys: dict[str, Tensor],
+        phi_k: Tensor | None,
+        gates: Gates | None,
+        tokens: Tokens,
+        segments: Tensor | None,
+    ) -> None:
         """Take in the new tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
 
         Args:
-            phi_k: [B, H_kv, K, F] of all keys; tokens: of all keys; segments: [B, T] of the new ones.
+            phi_k: [B, H_kv, K, F], gates and tokens: of all keys; segments: [B, T] of the new ones.
         """
-        remembered = self.config.sinks + self.config.ring_size
+        sinks, ring_size = self.config.sinks, self.config.ring_size
+        remembered = sinks + ring_size
         document, position = tokens.document, tokens.position
         current = document[:, remembered:].amax(1, keepdim=True).clamp(min=0)
         continues = (current == 0).squeeze(1)
@@ -95,13 +103,19 @@ class LinearCacheLayer(CacheLayerMixin):
 
         belongs = document == current
         leaves = belongs & (position < start)
-        is_sink = position < self.config.sinks
+        is_sink = position < sinks
         if phi_k is not None:
-            folded = phi_k.to(self.state.S.dtype) * (leaves & ~is_sink)[:, None, :, None]
+            new = document.shape[1] - remembered
+            # The oldest leave, as many as are new at most; they are in the ring unless the new ones overrun it.
+            part = slice(sinks, sinks + new) if new <= ring_size else slice(None)
             keep = continues[:, None, None]
-            self.state = State(
-                self.state.S * keep[..., None] + folded.mT @ keys["v"].to(folded.dtype),
-                self.state.z * keep + folded.sum(2),
+            self.state = fold(
+                phi_k[:, :, part],
+                keys["v"][:, :, part],
+                None if gates is None else gates.map(lambda x: x[:, :, part]),
+                State(self.state.S * keep[..., None], self.state.z * keep),
+                Tokens(torch.where(leaves[:, part], 0, PADDING), position[:, part]),
+                self.config,
             )
         self.ring = _place(keys, belongs & ~leaves, position - start, self.config.ring_size)
         self.sinks = _place(keys, leaves & is_sink, position, self.config.sinks)
@@ -120,12 +134,15 @@ class LinearCacheLayer(CacheLayerMixin):
         Args:
             path: [B, n] node indices from the root on; -1 fills rows that accept fewer.
         """
-        keys, phi_k, tokens = self.draft
+        keys, phi_k, gates, tokens = self.draft
         self.draft = None
         remembered = self.config.sinks + self.config.ring_size
 
         def pick(x):
             return torch.cat([x[:, :, :remembered], _pick(x, remembered + path.clamp(min=0))], dim=2)
+
+        def pick_gate(x):
+            return pick(x.unsqueeze(-1)).squeeze(-1)
 
         accepted = torch.where(path >= 0, 0, PADDING)
         depth = torch.arange(path.shape[1], device=path.device)
@@ -134,7 +151,11 @@ class LinearCacheLayer(CacheLayerMixin):
             torch.cat([tokens.position[:, :remembered], self.length[:, None] + depth], dim=1),
         )
         keys = {name: pick(x) for name, x in keys.items()}
-        self.append(keys, None if phi_k is None else pick(phi_k), tokens, None)
+        if phi_k is not None:
+            phi_k = pick(phi_k)
+        if gates is not None:
+            gates = gates.map(pick_gate)
+        self.append(keys, phi_k, gates, tokens, None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row, exactly.

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 FeatureMapName = Literal[
-    "identity", "l2", "relu", "elu1", "exp", "hedgehog", "t2r", "favor", "rfa", "cosine", "taylor", "dpfp"
+    "identity", "l2", "linear", "relu", "elu1", "exp", "hedgehog", "t2r", "favor", "rfa", "cosine", "taylor", "dpfp"
 ]
 
 
@@ -19,12 +19,15 @@ class LinearAttentionConfig:
         sinks: the first tokens of each document stay near for ever.
         feature_map: phi of the far branch, or None for no far branch.
         feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes the map's own default.
+        state: the rule by which far keys enter the state: `additive`; `decay`, where what is there fades with every
+            key; or `delta`, the gated delta rule, where a key also replaces what was stored under it.
         rope: whether phi sees q, k `before` or `after` the rotary embedding.
         combine: `shared` puts near and far under one denominator (LoLCATs); `sum` adds the far output, scaled by
             a learned alpha per head that starts at 0, to the softmax output (Linearized-LLM).
         norm: divides the far output where `combine` is `sum`.
         far_weight: where `combine` is `shared`: `one` learns the gate g on the near branch and leaves the far
-            branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head that starts at 0.
+            branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head that starts at 0; `query`
+            multiplies this by exp(w.q) with a learned w per head, on the q that phi sees.
         conv_taps: K, causal taps of the depthwise convolution on v (one filter per query head, zero at start).
         slack: recent tokens that the cache keeps beyond the window: the longest exact `crop` and the deepest tree.
 
@@ -37,10 +40,11 @@ class LinearAttentionConfig:
     sinks: int = 4
     feature_map: FeatureMapName | None = "hedgehog"
     feature_dim: int | None = None
+    state: Literal["additive", "decay", "delta"] = "additive"
     rope: Literal["before", "after"] = "before"
     combine: Literal["shared", "sum"] = "shared"
     norm: Literal["sum", "count", "rms", "none"] = "sum"
-    far_weight: Literal["one", "learned"] = "learned"
+    far_weight: Literal["one", "learned", "query"] = "learned"
     conv_taps: int = 32
     slack: int = 64
 
@@ -56,6 +60,11 @@ class LinearAttentionConfig:
             raise ValueError("feature_map: without a window and without a feature map nothing attends; set one of them")
         if self.sinks and self.window is None:
             raise ValueError(f"sinks: {self.sinks} sinks need a window; set window or sinks: 0")
+        if self.state == "delta" and (self.window is None if self.combine == "shared" else self.norm == "sum"):
+            raise ValueError(
+                "state: the far mass of the delta rule may be 0, so it cannot be the denominator alone; "
+                "use combine: shared with a window, or combine: sum with norm: none or rms"
+            )
         if self.window is not None and self.sinks > self.window_size:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
 

@@ -85,6 +85,13 @@ class Projected(FeatureMap):
         return x @ self.weight.to(x.dtype)
 
 
+class Linear(Projected):
+    """xW, for the delta rule, which stores whatever is not collinear apart."""
+
+    def forward(self, x):
+        return self.project(x)
+
+
 class Hedgehog(Projected):
     """softmax(xW) ++ softmax(-xW), floored at 1e-12 (Zhang et al. 2024, eq. 6, and LoLCATs)."""
 
@@ -199,6 +206,7 @@ class DPFP(FeatureMap):
 FEATURE_MAPS: dict[str, type[FeatureMap]] = {
     "identity": Identity,
     "l2": L2,
+    "linear": Linear,
     "relu": ReLU,
     "elu1": EluPlusOne,
     "exp": Exp,

@@ -5,10 +5,12 @@ None means no padding and one document per row. Everything downstream works on p
 left padding, right padding and packing are the same thing to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .config import LinearAttentionConfig
 
@@ -23,10 +25,12 @@ class Tokens:
         document: [B, T], running number of the document in its row; 0 is the document that a cache holds the
             beginning of (or the first one), `PADDING` marks padding.
         position: [B, T], index within the document, counted from its true start.
+        layouts: what backends work out from the tokens, kept for the next layer.
     """
 
     document: Tensor
     position: Tensor
+    layouts: dict = field(default_factory=dict, repr=False)
 
     @property
     def valid(self) -> Tensor:
@@ -37,6 +41,26 @@ def segments_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:
     """[1, length] segments of documents that begin at `cu_seqlens[:-1]` (flash-attn's convention)."""
     index = torch.arange(length, device=cu_seqlens.device)
     return torch.bucketize(index, cu_seqlens[1:], right=True)[None] + 1
+
+
+def whole_sequences(segments: Tensor | None, batch: int, length: int, device: torch.device) -> Tokens:
+    """The tokens of sequences without a past; the same object for all layers of a forward pass."""
+    if segments is None:
+        return _single_documents(batch, length, device, torch.is_inference_mode_enabled())
+    if segments not in _located:
+        nothing = torch.zeros(batch, dtype=torch.long, device=device)
+        _located[segments] = locate(segments, nothing, nothing)
+    return _located[segments]
+
+
+_located = WeakTensorKeyDictionary()
+
+
+# Tensors made in inference mode cannot take part in training.
+@lru_cache(maxsize=4)
+def _single_documents(batch: int, length: int, device: torch.device, inference: bool) -> Tokens:
+    position = torch.arange(length, device=device).expand(batch, -1)
+    return Tokens(torch.zeros_like(position), position)
 
 
 def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Tokens:

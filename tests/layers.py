@@ -14,6 +14,7 @@ WINDOWS = ["sliding", "block", "terrace", None]
 # What these give is never negative, so their sum can be a denominator.
 NONNEGATIVE = ["relu", "elu1", "exp", "hedgehog", "t2r", "favor", "cosine", "taylor", "dpfp"]
 SIGNED = ["identity", "l2", "rfa"]
+STATES = ["additive", "decay", "delta"]
 COMBINES = [{"combine": "shared", "far_weight": far_weight} for far_weight in ("one", "learned")]
 COMBINES += [{"combine": "sum", "norm": norm} for norm in ("sum", "count", "rms", "none")]
 

@@ -22,6 +22,7 @@ from .layers import (
     NONNEGATIVE,
     SCALE,
     SIGNED,
+    STATES,
     VALUE_DIM,
     WINDOWS,
     Sequence,
@@ -68,11 +69,18 @@ def is_near(config, i, j):
 def naive(layer, x):
     """[B, H, T, D_v] by loops over rows, heads, queries and keys."""
     config, weights = layer.config, layer.weights(torch.device("cpu"))
-    phi_q = phi_k = None
-    if config.feature_map is not None:
-        phi_q, phi_k = (phi.detach().numpy() for phi in (layer.phi_q(x.raw_q), layer.phi_k(x.raw_k)))
+    has_far = config.feature_map is not None
     q, k, v = (y.numpy() for y in (x.q, x.k, x.v))
     batch, length = x.shape
+    if has_far:
+        phi_q, phi_k = layer.phi_q(x.raw_q).numpy(), layer.phi_k(x.raw_k).numpy()
+        fade, beta = np.ones((batch, KV_HEADS, length)), None
+        if config.state != "additive":
+            gates = layer.gates(x.raw_k)
+            fade = gates.log_decay.exp().numpy()
+        if config.state == "delta":
+            beta = gates.beta.numpy()
+            phi_q, phi_k = (phi / np.linalg.norm(phi, axis=-1, keepdims=True) for phi in (phi_q, phi_k))
     segments = np.ones((batch, length), int) if x.segments is None else x.segments.numpy()
     out = np.zeros((batch, HEADS, length, VALUE_DIM))
     for row in range(batch):
@@ -80,35 +88,51 @@ def naive(layer, x):
         for head in range(HEADS):
             kv_head = head // (HEADS // KV_HEADS)
             g, lam = weights.near[head].item(), weights.far[head].item()
+            left = {}  # what each key leaves in the state
             for i in range(length):
                 if place[i] is None:
                     continue
+                before = [j for j in range(i + 1) if place[j] is not None and place[j][0] == place[i][0]]
+
+                fading = {j: fade[row, kv_head, j] for j in before if place[j][1] >= config.sinks} if has_far else {}
+
+                def faded(j, fading=fading):
+                    return np.prod([factor for later, factor in fading.items() if later > j])
+
                 near, far, convolved = [], [], np.zeros(VALUE_DIM)
-                for j in range(i + 1):
-                    if place[j] is None or place[j][0] != place[i][0]:
-                        continue
+                for j in before:
                     distance = place[i][1] - place[j][1]
                     (near if is_near(config, place[i][1], place[j][1]) else far).append(j)
                     if distance < config.conv_taps:
                         convolved += weights.conv[head, distance].item() * v[row, kv_head, j]
-                a = {j: exp(SCALE * (q[row, head, i] @ k[row, kv_head, j])) for j in near}
-                b = {j: phi_q[row, head, i] @ phi_k[row, kv_head, j] for j in far} if phi_q is not None else {}
+                m = max((SCALE * (q[row, head, i] @ k[row, kv_head, j]) for j in near), default=0.0)
+                a = {j: exp(SCALE * (q[row, head, i] @ k[row, kv_head, j]) - m) for j in near}
+                local, local_mass = sum(w * v[row, kv_head, j] for j, w in a.items()), sum(a.values())
+                remembered, mass = np.zeros(VALUE_DIM), 0.0
+                if has_far:
+                    left[i] = np.append(v[row, kv_head, i], 1.0)
+                    if beta is not None:
+                        read = sum(
+                            (phi_k[row, kv_head, i] @ phi_k[row, kv_head, j]) * faded(j) * left[j]
+                            for j in before
+                            if j != i and place[j][1] >= config.sinks
+                        )
+                        left[i] = beta[row, kv_head, i] * (left[i] - read)
+                    b = {j: (phi_q[row, head, i] @ phi_k[row, kv_head, j]) * faded(j) for j in far}
+                    total = sum((w * left[j] for j, w in b.items()), np.zeros(VALUE_DIM + 1))
+                    remembered, mass = total[:-1], total[-1]
                 if config.combine == "shared":
                     # g and lam b are relative to exp(-m): the maximum is taken out of the near weights.
-                    m = max((SCALE * (q[row, head, i] @ k[row, kv_head, j]) for j in near), default=0.0)
-                    mix = {j: g * w / exp(m) for j, w in a.items()} | {j: lam * w for j, w in b.items()}
-                    total = sum(mix.values())
-                    attended = sum(w * v[row, kv_head, j] for j, w in mix.items()) / total if total else 0
+                    mass = max(mass, 0) if config.state == "delta" else mass
+                    attended = (g * local + lam * remembered) / ((g * local_mass + lam * mass) or 1)
                 else:
-                    attended = g * sum(w * v[row, kv_head, j] for j, w in a.items()) / (sum(a.values()) or 1)
-                    remembered = sum(w * v[row, kv_head, j] for j, w in b.items()) + np.zeros(VALUE_DIM)
                     norm = {
-                        "sum": sum(b.values()) or 1,
+                        "sum": mass or 1,
                         "count": max(len(far), 1),
                         "rms": sqrt(np.mean(remembered**2) + 1e-6),
                         "none": 1,
                     }[config.norm]
-                    attended = attended + lam * remembered / norm
+                    attended = g * local / (local_mass or 1) + lam * remembered / norm
                 out[row, head, i] = attended + convolved
     return torch.from_numpy(out)
 
@@ -116,15 +140,24 @@ def naive(layer, x):
 PADDED_AND_PACKED = torch.tensor([[1] * 22, [0] * 3 + [1] * 7 + [2] * 1 + [0] * 2 + [2] * 5 + [1] * 3 + [0]])
 
 
+def states_of(config):
+    """The state's rules that go with the rest of a configuration."""
+    no_delta = config["window"] is None if config["combine"] == "shared" else config["norm"] == "sum"
+    return STATES[:2] if no_delta else STATES
+
+
 @pytest.mark.parametrize("conv_taps", [0, 4])
 @pytest.mark.parametrize("combine", COMBINES, ids=lambda combine: "-".join(combine.values()))
 @pytest.mark.parametrize(("window", "sinks"), [*((window, s) for window in WINDOWS[:3] for s in (0, 2)), (None, 0)])
 def test_reference_is_the_formula(window, sinks, combine, conv_taps):
-    config = LinearAttentionConfig(window=window, window_size=5, sinks=sinks, conv_taps=conv_taps, **combine)
-    layer = make_layer(config, backend="reference")
-    for segments in (None, PADDED_AND_PACKED):
-        x = Sequence.random(2, 22, segments=segments)
-        assert error(run(layer, x), naive(layer, x), x.valid) < 1e-10
+    for state in states_of({"window": window, **combine}):
+        config = LinearAttentionConfig(
+            window=window, window_size=5, sinks=sinks, state=state, conv_taps=conv_taps, **combine
+        )
+        layer = make_layer(config, backend="reference")
+        for segments in (None, PADDED_AND_PACKED):
+            x = Sequence.random(2, 22, segments=segments)
+            assert error(run(layer, x), naive(layer, x), x.valid) < 1e-10
 
 
 def test_reference_without_far_branch_is_the_formula():
@@ -149,13 +182,16 @@ def test_large_scores_do_not_overflow():
 def draw_config(draw, window, feature_maps, norms=("sum", "count", "rms", "none"), combine=("shared", "sum")):
     window_size = draw(st.integers(1, 9))
     none = [] if window is None else [None]
+    combine, norm = draw(st.sampled_from(combine)), draw(st.sampled_from(norms))
+    states = states_of({"window": window, "combine": combine, "norm": norm})
     return LinearAttentionConfig(
         window=window,
         window_size=window_size,
         sinks=0 if window is None else draw(st.integers(0, window_size)),
         feature_map=draw(st.sampled_from([*feature_maps, *none])),
-        combine=draw(st.sampled_from(combine)),
-        norm=draw(st.sampled_from(norms)),
+        state=draw(st.sampled_from(states)),
+        combine=combine,
+        norm=norm,
         far_weight=draw(st.sampled_from(["one", "learned"])),
         conv_taps=draw(st.integers(0, 5)),
         slack=draw(st.integers(0, 6)),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import LinearAttentionConfig
 from ..tokens import Tokens
-from .chunked import attend_sequence, chunk_size
-from .reference import State, Weights, attend, contract, conv_band
+from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
+from .memory import Gates, State, far_values
+from .reference import Weights, attend, contract, conv_band
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Problem:
     Attributes:
         q: [B, H, T, D], after the rotary embedding; phi_q: [B, H, T, F] or None without far branch.
         k: [B, H_kv, K, D]; v: [B, H_kv, K, D_v]; phi_k: [B, H_kv, K, F] or None.
+        gates: of the K keys, where the state's rule has any.
         keys: document and position of the K keys, remembered ones first; the queries are the last T.
         state: sums over the tokens of document 0 that are not among the keys, or None.
         ancestors: [T, T] bool for a draft tree: node i sees remembered tokens and node j where true. None: causal.
@@ -34,6 +36,7 @@ class Problem:
     v: Tensor
     phi_q: Tensor | None
     phi_k: Tensor | None
+    gates: Gates | None
     keys: Tokens
     state: State | None
     ancestors: Tensor | None
@@ -46,21 +49,42 @@ class Problem:
         return self.k.shape[2] - self.q.shape[2]
 
 
+def enter(gates: Gates | None, keys: Tokens, config: LinearAttentionConfig) -> Gates | None:
+    """The gates of keys that enter the state one day, zero for padding and sinks."""
+    return None if gates is None else gates.where((keys.valid & (keys.position >= config.sinks))[:, None])
+
+
 def reference(problem: Problem) -> Tensor:
     """[B, H, T, D_v] by the quadratic oracle."""
     past, keys = problem.past, problem.keys
+    total = keys.document.shape[1]
+    order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device).tril()
+    if problem.ancestors is not None:
+        order[past:, past:] = problem.ancestors
+    seen = order & keys.valid[:, None, :] & (keys.document[:, :, None] == keys.document[:, None, :])
+    visible = seen[:, past:]
     document = keys.document[:, past:]
-    order = problem.ancestors
-    if order is None:
-        order = torch.ones(2 * document.shape[1:], dtype=torch.bool, device=document.device).tril()
-    order = torch.cat([order.new_ones(order.shape[0], past), order], dim=1)
-    visible = order & keys.valid[:, None, :] & (document[:, :, None] == keys.document[:, None, :])
+    u = G = G_q = None
+    if problem.phi_k is not None:
+        dtype = torch.promote_types(problem.v.dtype, torch.float32)
+        u, G = far_values(
+            problem.phi_k.to(dtype),
+            problem.v.to(dtype),
+            enter(problem.gates, keys, problem.config),
+            seen & order.logical_not().mT,
+            problem.state,
+            keys.document == 0,
+        )
+        G_q = None if G is None else G[:, :, past:]
     out = attend(
         problem.q,
         problem.k,
         problem.v,
         problem.phi_q,
         problem.phi_k,
+        u,
+        G_q,
+        G,
         keys.position[:, past:],
         keys.position,
         visible,
@@ -91,13 +115,39 @@ def chunked(problem: Problem) -> Tensor:
         problem.v,
         None if problem.phi_q is None else after_past(problem.phi_q),
         problem.phi_k,
-        problem.keys,
+        problem.gates,
+        Layout.of(problem.keys, chunk_size(problem.config), problem.config.sinks),
         problem.state,
         problem.config,
         problem.weights,
         problem.scale,
     )
     return out[:, :, problem.past :]
+
+
+def fold(
+    phi_k: Tensor, v: Tensor, gates: Gates | None, state: State, tokens: Tokens, config: LinearAttentionConfig
+) -> State:
+    """The state after some keys have entered it.
+
+    Args:
+        phi_k: [B, H_kv, K, F]; v: [B, H_kv, K, D_v]; gates: of the keys.
+        tokens: of the keys, all of document 0 or else padding, which does not enter; neither do sinks.
+    """
+    dtype = state.S.dtype
+    phi_k, v = phi_k.to(dtype), v.to(dtype)
+    if v.shape[2] > chunk_size(config):
+        return fold_sequence(phi_k, v, gates, state, tokens, config)
+    enters = tokens.valid & (tokens.position >= config.sinks)
+    gates = enter(gates, tokens, config)
+    order = torch.ones(2 * enters.shape[1:], dtype=torch.bool, device=v.device).tril(-1)
+    u, G = far_values(phi_k, v, gates, order & enters[:, None, :], state, enters)
+    phi_k, M = phi_k * enters[:, None, :, None], state.M
+    if G is not None:
+        # Ragged rows end before the last key; what is behind their end does not fade.
+        end = gates.log_decay.sum(-1, keepdim=True)
+        phi_k, M = phi_k * (end - G).exp().unsqueeze(-1), M * end.exp().unsqueeze(-1)
+    return State.of(M + phi_k.mT @ u)
 
 
 BACKENDS: dict[str, Callable[[Problem], Tensor]] = {"reference": reference, "torch": chunked}
@@ -117,4 +167,4 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
         return BACKENDS[name](problem).to(problem.v.dtype)
 
 
-__all__ = ["BACKENDS", "Problem", "State", "Weights", "augmented_attention"]
+__all__ = ["BACKENDS", "Gates", "Problem", "State", "Weights", "augmented_attention", "fold"]

@@ -7,11 +7,12 @@ further away than the previous chunk.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import LinearAttentionConfig
 from ..tokens import Tokens
-from .reference import State, Weights, attend, contract
+from .memory import Gates, State, scan
+from .reference import Weights, attend, contract
 
 MIN_CHUNK = 64
 
@@ -68,16 +69,65 @@ class Layout:
         self.document = torch.where(owner, torch.arange(documents, device=device), 0).amax(-1)  # (B, chunks)
         self.first_chunk = base.gather(1, self.document)
         self.index_in_document = number - self.first_chunk
+        self.follows = torch.zeros_like(self.document, dtype=torch.bool)  # (B, chunks): the previous chunk's document
+        self.follows[:, 1:] = self.document[:, 1:] == self.document[:, :-1]
+
+        self.sinks = sinks
+        # (B, chunks, chunks): one where column is the first chunk of row's document, None where that is chunk 0. A
+        # product with it picks sinks; the gradient of indexing would sum equal indices one after the other.
+        self.owner = nn.functional.one_hot(self.first_chunk, self.chunks) if self.first_chunk.any() else None
+        # One document that fills all slots needs no moving around.
+        index = torch.arange(length, device=device)
+        self.is_identity = self.chunks * size == length and bool((self.slot == index).all())
+        causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+        visible = torch.cat(
+            [
+                # Sinks in the own or previous chunk are there already.
+                (self.index_in_document >= 2)[..., None, None].expand(-1, -1, size, sinks),
+                self.follows[..., None, None].expand(-1, -1, size, size),
+                causal.expand(batch, self.chunks, size, size),
+            ],
+            dim=-1,
+        ).flatten(0, 1)
+        self.visible = visible & self.tile_tokens(self.valid)[:, None, :]  # (B * chunks, C, sinks + 2 C)
+        self.tile_position = self.tile_tokens(self.position)  # (B * chunks, sinks + 2 C)
+
+    @classmethod
+    def of(cls, tokens: Tokens, size: int, sinks: int) -> "Layout":
+        """The layout of `tokens`, made once for all layers that share them."""
+        if (size, sinks) not in tokens.layouts:
+            tokens.layouts[size, sinks] = cls(tokens, size, sinks)
+        return tokens.layouts[size, sinks]
+
+    def tile(self, x: Tensor) -> Tensor:
+        """[B, chunks, H, C, D] -> [B * chunks, H, sinks + 2 C, D]: the document's sinks, the previous and own chunk."""
+        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        sinks = x[..., : self.sinks, :]
+        if self.owner is None:
+            sinks = sinks[:, :1].expand_as(sinks)
+        elif x.is_floating_point():
+            sinks = (self.owner.to(x.dtype) @ sinks.flatten(2)).view_as(sinks)
+        else:
+            sinks = sinks.gather(1, self.first_chunk[..., None, None, None].expand_as(sinks))
+        return torch.cat([sinks, previous, x], dim=3).flatten(0, 1)
+
+    def tile_tokens(self, x: Tensor) -> Tensor:
+        """The same for [B, chunks, C]."""
+        return self.tile(x[:, :, None, :, None]).flatten(1)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, H, T, D] -> [B, chunks, H, C, D]; empty slots hold some other token's values."""
         batch, heads, length, dim = x.shape
+        if self.is_identity:
+            return x.unflatten(2, (self.chunks, -1)).transpose(1, 2)
         rows = x.transpose(1, 2).reshape(batch * length, heads * dim).index_select(0, self.source)
         return rows.view(batch, self.chunks, -1, heads, dim).transpose(2, 3)
 
     def unpack(self, x: Tensor) -> Tensor:
         """[B, chunks, H, C, D] -> [B, H, T, D]."""
         batch, chunks, heads, size, dim = x.shape
+        if self.is_identity:
+            return x.transpose(1, 2).flatten(2, 3)
         rows = x.transpose(2, 3).reshape(batch * chunks * size, heads * dim).index_select(0, self.target)
         return rows.view(batch, -1, heads, dim).transpose(1, 2)
 
@@ -88,7 +138,8 @@ def attend_sequence(
     v: Tensor,
     phi_q: Tensor | None,
     phi_k: Tensor | None,
-    tokens: Tokens,
+    gates: Gates | None,
+    layout: Layout,
     state: State | None,
     config: LinearAttentionConfig,
     weights: Weights,
@@ -99,62 +150,46 @@ def attend_sequence(
     `state` belongs to document 0 of each row.
     """
     size = chunk_size(config)
-    layout = Layout(tokens, size, config.sinks)
     batch, chunks = layout.position.shape[:2]
-    device = q.device
     dtype = torch.promote_types(v.dtype, torch.float32)
-
     q, k, v = layout.pack(q), layout.pack(k), layout.pack(v)
-    same_document = torch.zeros_like(layout.document, dtype=torch.bool)
-    same_document[:, 1:] = layout.document[:, 1:] == layout.document[:, :-1]
-    rows = torch.arange(batch, device=device)[:, None]
 
-    def tile(x):  # (B, chunks, H, C, D) -> (B * chunks, H, sinks + 2 C, D)
-        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-        sinks = x[..., : config.sinks, :][rows, layout.first_chunk]
-        return torch.cat([sinks, previous, x], dim=3).flatten(0, 1)
-
-    def tile_tokens(x):  # the same for (B, chunks, C)
-        return tile(x[:, :, None, :, None]).flatten(1)
-
-    order = torch.arange(size, device=device)
-    causal = order[None, :] <= order[:, None]
-    key_valid = tile_tokens(layout.valid)
-    visible = torch.cat(
-        [
-            # Sinks in the own or previous chunk are there already.
-            (layout.index_in_document >= 2)[..., None, None].expand(-1, -1, size, config.sinks),
-            same_document[..., None, None].expand(-1, -1, size, size),
-            causal.expand(batch, chunks, size, size),
-        ],
-        dim=-1,
-    ).flatten(0, 1)
-    visible = visible & key_valid[:, None, :]
-
-    carried = None
+    carried = u = G_q = G_k = None
     if phi_q is not None:
-        phi_q, phi_k = layout.pack(phi_q), layout.pack(phi_k)
-        enters_state = (layout.valid & (layout.position >= config.sinks))[:, :, None, :, None]
-        summed_k = phi_k.to(dtype) * enters_state
-        start = state or State(None, None)
-        # Document 0 begins with what the cache holds, every other one with nothing.
-        keep = same_document | ((layout.document == 0) & (layout.index_in_document == 0))
-        carried = State(
-            _sum_before_previous(summed_k.mT @ v.to(dtype), start.S, keep).flatten(0, 1),
-            _sum_before_previous(summed_k.sum(-2), start.z, keep).flatten(0, 1),
-        )
-        phi_q, phi_k = phi_q.flatten(0, 1), tile(phi_k)
+        phi_q = layout.pack(phi_q).flatten(0, 1)
+        memory = _Memory(layout, phi_k, v.to(dtype), gates, state, config)
+        M, G_q = memory.M, memory.G
+        phi_k = None
+        aligned = config.window in ("block", "terrace") and config.window_size == size
+        if not (aligned and config.window == "block"):
+            # The state is that before the previous chunk, where that is the document's.
+            follows = layout.follows[:, :, None, None, None]
+            M = torch.where(follows, torch.cat([M[:, :1], M[:, :-1]], dim=1), M)
+            if G_q is not None:
+                previous = torch.cat([torch.zeros_like(G_q[:, :1]), G_q[:, :-1]], dim=1)
+                G_q = G_q + previous[..., -1:] * follows[..., 0]
+        if not aligned:
+            # Some keys of the tile are far.
+            phi_k, u = layout.tile(memory.phi_k), layout.tile(memory.u)
+            if G_q is not None:
+                G_k = layout.tile(memory.G.unsqueeze(-1)).squeeze(-1)
+                G_k = torch.cat([G_k[..., :-size], G_q.flatten(0, 1)], dim=-1)
+        carried = State.of(M.flatten(0, 1))
+        G_q = None if G_q is None else G_q.flatten(0, 1)
 
-    v_tile = tile(v)
+    v_tile = layout.tile(v)
     out = attend(
         q.flatten(0, 1),
-        tile(k),
+        layout.tile(k),
         v_tile,
         phi_q,
         phi_k,
+        u,
+        G_q,
+        G_k,
         layout.position.flatten(0, 1),
-        tile_tokens(layout.position),
-        visible,
+        layout.tile_position,
+        layout.visible,
         carried,
         config,
         weights,
@@ -162,9 +197,36 @@ def attend_sequence(
     )
     if weights.conv is not None:
         # The last query sees every key of its tile that the convolution can reach.
-        reached = v_tile[:, :, config.sinks :].to(dtype) * visible[:, -1:, config.sinks :, None]
+        reached = v_tile[:, :, config.sinks :].to(dtype) * layout.visible[:, -1:, config.sinks :, None]
         out = out + _convolve(reached, weights.conv.to(dtype))
     return layout.unpack(out.unflatten(0, (batch, chunks)))
+
+
+class _Memory:
+    """The far branch's side of whole sequences, in chunks.
+
+    Attributes:
+        phi_k: [B, chunks, H_kv, C, F]; u: [B, chunks, H_kv, C, D_v + 1]; G: [B, chunks, H_kv, C] or None.
+        M: [B, chunks, H_kv, F, D_v + 1] before each chunk; end: [B, H_kv, F, D_v + 1] after the last one.
+    """
+
+    def __init__(self, layout: Layout, phi_k: Tensor, v: Tensor, gates: Gates | None, state: State | None, config):
+        """`v` [B, chunks, H_kv, C, D_v] is packed, `phi_k` and `gates` are not."""
+        enters = (layout.valid & (layout.position >= config.sinks))[:, :, None]
+        if gates is not None:
+            gates = gates.map(lambda x: layout.pack(x.unsqueeze(-1)).squeeze(-1)).where(enters)
+        # Document 0 begins with what the cache holds, every other one with nothing.
+        carries = (layout.index_in_document > 0) | (layout.document == 0)
+        self.phi_k = layout.pack(phi_k).to(v.dtype) * enters.unsqueeze(-1)
+        self.u, self.M, self.G, self.end = scan(self.phi_k, v, gates, None if state is None else state.M, carries)
+
+
+def fold_sequence(
+    phi_k: Tensor, v: Tensor, gates: Gates | None, state: State, tokens: Tokens, config: LinearAttentionConfig
+) -> State:
+    """`kernels.fold` for any number of keys."""
+    layout = Layout(tokens, chunk_size(config), config.sinks)
+    return State.of(_Memory(layout, phi_k, layout.pack(v), gates, state, config).end)
 
 
 def _convolve(v: Tensor, weight: Tensor) -> Tensor:
@@ -174,26 +236,8 @@ def _convolve(v: Tensor, weight: Tensor) -> Tensor:
     size, taps = length // 2, weight.shape[1]
     # Row i of the matrix is the filter, last tap first, shifted by i. Indexing would do too, but its gradient sums
     # thousands of equal indices one after the other.
-    shifted = torch.nn.functional.pad(weight.flip(-1), (length - taps, size - 1)).unfold(-1, length, 1)
+    shifted = nn.functional.pad(weight.flip(-1), (length - taps, size - 1)).unfold(-1, length, 1)
     band = shifted.flip(1)  # (H, C, 2 C)
     columns = v.permute(1, 2, 0, 3).reshape(kv_heads, length, tiles * dim)
     out = contract(band[None], columns[None])[0]
     return out.view(len(weight), size, tiles, dim).permute(2, 0, 1, 3)
-
-
-def _sum_before_previous(x: Tensor, start: Tensor | None, keep: Tensor) -> Tensor:
-    """[B, chunks, ..]: for each chunk the sum of x over its document's chunks up to two before it, plus `start`.
-
-    Args:
-        x: [B, chunks, ..]; start: [B, ..], what document 0 begins with, or None; keep: [B, chunks], False where a new
-            document begins (nothing is carried into it).
-    """
-    shape = (-1,) + (1,) * (x.dim() - 2)
-    previous = torch.zeros_like(x[:, 0])
-    total, sums = previous if start is None else start, []
-    for chunk in range(x.shape[1]):
-        kept = keep[:, chunk].view(shape)
-        total, previous = total * kept, previous * kept
-        sums.append(total)
-        total, previous = total + previous, x[:, chunk]
-    return torch.stack(sums, dim=1)

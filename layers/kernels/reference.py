@@ -6,8 +6,9 @@
     shared:  o = (g sum a v + lam sum b v) / (g sum a + lam sum b) + c
     sum:     o = g sum a v / sum a + lam sum b v / norm + c
 
-What is visible is the caller's business, so one function serves full sequences, packed documents, decoding with
-carried state, draft trees, and each tile of the chunked backend.
+v far away is u of `memory`: the state's rule decides what a key leaves there. What is visible is the caller's
+business, so one function serves full sequences, packed documents, decoding with carried state, draft trees, and each
+tile of the chunked backend.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..config import LinearAttentionConfig
 from ..tokens import near
+from .memory import State, fade
 
 EPS = 1e-6
 
@@ -34,14 +36,6 @@ class Weights:
     near: Tensor
     far: Tensor
     conv: Tensor | None
-
-
-@dataclass
-class State:
-    """What a layer remembers of tokens that it no longer holds: S [N, H_kv, F, D] and z [N, H_kv, F], fp32."""
-
-    S: Tensor
-    z: Tensor
 
 
 def conv_band(weight: Tensor, distance: Tensor) -> Tensor:
@@ -67,6 +61,9 @@ def attend(
     v: Tensor,
     phi_q: Tensor | None,
     phi_k: Tensor | None,
+    u: Tensor | None,
+    G_q: Tensor | None,
+    G_k: Tensor | None,
     q_position: Tensor,
     k_position: Tensor,
     visible: Tensor,
@@ -80,7 +77,9 @@ def attend(
 
     Args:
         q: [N, H, Q, D]; k: [N, H_kv, K, D]; v: [N, H_kv, K, D_v].
-        phi_q: [N, H, Q, F]; phi_k: [N, H_kv, K, F]; None without far branch.
+        phi_q: [N, H, Q, F]; phi_k: [N, H_kv, K, F]; u: [N, H_kv, K, D_v + 1] far values; None without far branch,
+            phi_k and u also where no key in hand is far.
+        G_q: [N, H_kv, Q]; G_k: [N, H_kv, K]; summed log decays since the state's time, or None where nothing fades.
         q_position, k_position: [N, Q], [N, K] positions within the document.
         visible: [N, Q, K], whether query q may look at key k at all.
         state: sums over further keys, far to every query (to those in `recalls` [N, Q], where given).
@@ -100,17 +99,25 @@ def attend(
 
     b_v, b_sum = 0.0, 0.0
     if phi_q is not None:
-        phi_q, phi_k = phi_q.to(dtype), phi_k.to(dtype)
+        phi_q = phi_q.to(dtype)
         if config.combine == "shared":
             phi_q = phi_q * lam
-        b = contract(phi_q, phi_k.mT) * (visible & ~is_near)[:, None]
-        b_v, b_sum = contract(b, v), b.sum(-1, keepdim=True)
+        far = 0.0
+        if phi_k is not None:
+            b = contract(phi_q, phi_k.to(dtype).mT) * (visible & ~is_near)[:, None]
+            if G_q is not None:
+                b = b * fade(G_q, G_k).repeat_interleave(b.shape[1] // G_q.shape[1], dim=1)
+            far = contract(b, u)
         if state is not None:
             recalling = phi_q if recalls is None else phi_q * recalls[:, None, :, None]
-            b_v = b_v + contract(recalling, state.S)
-            b_sum = b_sum + contract(recalling, state.z.unsqueeze(-1))
+            if G_q is not None:
+                recalling = recalling * G_q.exp().repeat_interleave(phi_q.shape[1] // G_q.shape[1], dim=1).unsqueeze(-1)
+            far = far + contract(recalling, state.M)
+        b_v, b_sum = far[..., :-1], far[..., -1:]
 
     if config.combine == "shared":
+        if config.state == "delta" and phi_q is not None:
+            b_sum = b_sum.clamp(min=0)  # what the rule corrects may overshoot; a denominator must not
         return (contract(a, v) + b_v) / _nonzero(a_sum + b_sum)
     out = g * contract(a, v) / _nonzero(a_sum)
     if phi_q is None:
