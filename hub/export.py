@@ -100,7 +100,7 @@ def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
     root = Path(linearize.layers.__file__).parent
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        if parts == ("__init__",):
+        if parts == ("__init__",) or "fused" in parts:
             continue
         package = parts[:-1]
         name = _flat_name(package if parts[-1] == "__init__" else parts)

@@ -15,6 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+try:
+    from linearize.layers.kernels.fused.delta_scan import delta_scan
+except ImportError:  # no Triton, or an exported model's copy without the package
+    delta_scan = None
+
 # Chunks whose sums are taken as one product.
 BLOCK = 32
 
@@ -124,7 +129,7 @@ def scan(
     else:
         G = gates.log_decay.cumsum(-1)
         leaving = phi_k * (G[..., -1:] - G).exp().unsqueeze(-1)
-        total = G[..., -1].exp()[..., None, None]
+        total = G[..., -1].exp()
         if gates.beta is None:
             added = leaving.mT @ values
         else:
@@ -137,14 +142,27 @@ def scan(
     if W is None:
         before, M = _sums_before(added, None if gates is None else G[..., -1], M, carries)
         return values, before, G, M
+    step_through = delta_scan if _fits_kernel(values, W) else walk
+    u, before, M = step_through(values, W, leaving, total, M, carries)
+    return u, before, G, M
+
+
+def _fits_kernel(u0: Tensor, W: Tensor) -> bool:
+    sizes = W.shape[-2:]
+    return delta_scan is not None and u0.is_cuda and all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+
+
+def walk(
+    u0: Tensor, W: Tensor, leaving: Tensor, total: Tensor, M: Tensor, carries: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`delta_scan` in torch."""
     before, u = [], []
-    carries = carries[:, :, None, None, None]
-    for chunk in range(phi_k.shape[1]):
-        M = M * carries[:, chunk]
+    for chunk in range(u0.shape[1]):
+        M = M * carries[:, chunk, None, None, None]
         before.append(M)
-        u.append(values[:, chunk] - W[:, chunk] @ M)
-        M = M * total[:, chunk] + leaving[:, chunk].mT @ u[-1]
-    return torch.stack(u, dim=1), torch.stack(before, dim=1), G, M
+        u.append(u0[:, chunk] - W[:, chunk] @ M)
+        M = M * total[:, chunk, :, None, None] + leaving[:, chunk].mT @ u[-1]
+    return torch.stack(u, dim=1), torch.stack(before, dim=1), M
 
 
 def _sums_before(added: Tensor, log_decay: Tensor | None, M: Tensor, carries: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Triton kernels. An exported model does not carry them: it takes them from this package where that is installed."""

@@ -1,0 +1,38 @@
+"""The Triton walk over chunks equals torch's, on a GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+
+from linearize.layers.kernels.fused.delta_scan import delta_scan
+from linearize.layers.kernels.memory import walk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("batch", "chunks", "size", "features", "columns"), [(1, 1, 16, 16, 7), (2, 3, 32, 16, 33)])
+def test_walk_and_gradients(batch, chunks, size, features, columns):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+
+    heads = 2
+    u0 = normal(batch, chunks, heads, size, columns)
+    W, K = (normal(batch, chunks, heads, size, features) for _ in range(2))
+    total = torch.rand(batch, chunks, heads, generator=generator).to(DEVICE).requires_grad_()
+    start = normal(batch, heads, features, columns)
+    carries = torch.ones(batch, chunks, dtype=torch.bool, device=DEVICE)
+    carries[-1, chunks // 2] = chunks == 1  # a document ends in the middle
+    inputs = (u0, W, K, total, start)
+    # Products of random matrices grow from chunk to chunk; keep them near 1.
+    scaled = (u0, W * 0.1, K * 0.1, total, start)
+
+    expected = walk(*scaled, carries)
+    weights = [torch.randn(x.shape, generator=generator).to(DEVICE) for x in expected]
+    expected_gradients = torch.autograd.grad(sum((x * w).sum() for x, w in zip(expected, weights, strict=True)), inputs)
+    scaled = (u0, W * 0.1, K * 0.1, total, start)
+    actual = delta_scan(*scaled, carries)
+    gradients = torch.autograd.grad(sum((x * w).sum() for x, w in zip(actual, weights, strict=True)), inputs)
+    # Single precision, sums of some hundred products.
+    for x, y in zip((*actual, *gradients), (*expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
