@@ -223,7 +223,8 @@ def _field_names(path: tuple) -> list[str]:
     """Fields of the section at a path; none where no section is."""
     section = Recipe
     for key in path:
-        if isinstance(key, str):
+        # The names in transfer.layers are the user's, each of one more section.
+        if isinstance(key, str) and key in section.model_fields:
             annotation = section.model_fields[key].annotation
             candidates = (annotation, *get_args(annotation))
             section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
