@@ -213,6 +213,8 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected more than {context['gt']:g}, got {given}"
         case "greater_than_equal":
             message = f"expected {context['ge']:g} or more, got {given}"
+        case "less_than_equal":
+            message = f"expected {context['le']:g} or less, got {given}"
         case _:
             message = f"{error['msg'][0].lower()}{error['msg'][1:]}, got {given}"
     line = next(lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines)
