@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from linearize.convert.models import LINEAR, train_only
-from linearize.convert.transfer import IMPLEMENTATION, OutputMSE
+from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, Task
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
+from linearize.recipes.training import TransferSection
 
 SMALL = {
     "vocab_size": 64,
@@ -17,6 +18,7 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4)
+TRANSFER = AttentionTransfer(TransferSection(steps=1), seed=0)
 
 
 def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalLM:
@@ -26,7 +28,7 @@ def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalL
     train_only(model, lambda name: LINEAR in name)
     model.set_attn_implementation(IMPLEMENTATION)
     for layer in model.linear_attentions().values():
-        layer.accumulation = 1
+        layer.task = Task({"output_mse": 1.0})
     return model
 
 
@@ -55,7 +57,7 @@ def test_a_sliding_window_of_the_teacher_is_kept():
 
 def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
     model = transfer_model()
-    OutputMSE().loss(model, batch(), 1)
+    TRANSFER.loss(model, batch(), 1, 0)
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all((LINEAR in name) == (grad is not None) for name, grad in grads.items())
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
@@ -63,7 +65,7 @@ def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
     with torch.no_grad():
         model.linear_attentions()[0].lam.fill_(5.0)
     model.zero_grad()
-    OutputMSE().loss(model, batch(), 1)
+    TRANSFER.loss(model, batch(), 1, 0)
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers.1.") and LINEAR in name:
             torch.testing.assert_close(parameter.grad, grads[name])
@@ -72,12 +74,12 @@ def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
 def test_mini_batches_add_up():
     data = batch(rows=4)
     model = transfer_model()
-    errors = [OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 2) for i in (0, 2)]
+    errors = [TRANSFER.loss(model, {k: v[i : i + 2] for k, v in data.items()}, 2, 0) for i in (0, 2)]
     summed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     singles = []
     for i in (0, 2):
         model.zero_grad()
-        OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 1)
+        TRANSFER.loss(model, {k: v[i : i + 2] for k, v in data.items()}, 1, 0)
         singles.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for name, grad in summed.items():
         torch.testing.assert_close(grad, (singles[0][name] + singles[1][name]) / 2)
@@ -92,13 +94,13 @@ def test_training_lowers_the_error_of_every_layer(preset):
     data = batch(length=384)
 
     def errors():
-        return torch.stack([layer.transfer_error for layer in model.linear_attentions().values()])
+        return torch.stack([layer.task.loss for layer in model.linear_attentions().values()])
 
-    OutputMSE().loss(model, data, 1)
+    TRANSFER.loss(model, data, 1, 0)
     first = errors()
     for _ in range(20):
         optimizer.zero_grad()
-        OutputMSE().loss(model, data, 1)
+        TRANSFER.loss(model, data, 1, 0)
         optimizer.step()
     assert (errors() < first).all()
 
@@ -120,7 +122,7 @@ def saved_at_once(layers: int) -> int:
             held -= self.size
 
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        OutputMSE().loss(model, data, 1)
+        TRANSFER.loss(model, data, 1, 0)
     assert held == 0
     return most
 
