@@ -361,6 +361,7 @@ def test_full_finetune(linearize, recipe, tmp_path):
 def test_half_precision_keeps_masters_in_fp32(linearize, recipe, tmp_path):
     path = recipe(medusa=None)
     precise = ["transfer.bf16=true", "finetune.bf16=true", "model.dtype=bfloat16", "export.dtype=bfloat16"]
+    precise += ["transfer.objectives={linear_mse: 1.0, weights_kl: 1.0, far_mass: 1.0}", "finetune.distill=0.5"]
     converted(linearize, path, *precise)
     run = tmp_path / "run"
     losses = state(run, "transfer")["metrics"]["loss"] + state(run, "finetune")["metrics"]["loss"]

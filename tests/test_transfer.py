@@ -1,5 +1,7 @@
 """Attention transfer: layer-local gradients, the teacher's own output, memory of one layer at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -53,6 +55,21 @@ def test_a_sliding_window_of_the_teacher_is_kept():
     hidden = model.base_model(**data, use_cache=False).last_hidden_state
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(hidden, model.base_model(**data, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize("rope", ["before", "after"])
+def test_an_offset_of_the_positions_changes_maps_of_rotated_keys_alone(rope):
+    """The teacher and the documents are the same; its angles at 300 are rounded to 1e-5."""
+    data = batch()
+    moved = {**data, "position_ids": data["position_ids"] + 300}
+    model = transfer_model(config=replace(CONFIG, rope=rope))
+    hidden = [model.base_model(**inputs, use_cache=False).last_hidden_state for inputs in (data, moved)]
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for layer in model.linear_attentions().values():
+            layer.lam.fill_(1.0)
+    losses = [TRANSFER.loss(model, inputs, 1, 0).item() for inputs in (data, moved)]
+    assert (abs(losses[0] - losses[1]) < 1e-5 * losses[0]) == (rope == "before")
 
 
 def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
