@@ -51,7 +51,7 @@ class WeightedHeads:
     def __init__(self, decay: float):
         self.decay = decay
 
-    def loss(self, model, batch, accumulation):
+    def loss(self, model, batch, accumulation, step):
         losses = [nn.functional.cross_entropy(logits.float(), labels) for logits, labels in model(batch)]
         return sum(self.decay**i * loss for i, loss in enumerate(losses))
 

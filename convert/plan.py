@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from linearize.convert.models import LINEAR, prepare_finetune, train_only, train
 from linearize.layers.attention import LinearAttention
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install, is_rotary
-from linearize.recipes.schema import Recipe, Training
+from linearize.recipes.schema import Recipe
+from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -120,6 +122,10 @@ def _make_plan(recipe: Recipe) -> Plan:
 
     if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
+    if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
+        configuration = json.loads(Path(recipe.finetune.deepspeed).expanduser().read_text("utf-8"))
+        if "optimizer" in configuration:
+            raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)
@@ -157,6 +163,7 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
             raise ValueError(
                 f"transfer: attention preset {recipe.attention.preset} has nothing to train; set transfer: null"
             )
+        _check_layers(recipe.transfer, model.linear_attentions())
         add("transfer", recipe.transfer, model)
     if (finetune := recipe.finetune) is not None:
         model = prepare_finetune(model, finetune)
@@ -170,18 +177,38 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
     return stages
 
 
+def _check_layers(section: TransferSection, layers: Collection[int]) -> None:
+    for text in section.layers:
+        named = layer_range(text)
+        if named[-1] > max(layers) or not set(named) & set(layers):
+            raise ValueError(
+                f"transfer.layers: {text} is not among this model's attention layers, which are {min(layers)} to "
+                f"{max(layers)}"
+            )
+    last = max(section.layer(index)[1] for index in layers)
+    if last < section.steps:
+        raise ValueError(f"transfer.layers: every layer stops by step {last}, so {section.steps} steps are too many")
+
+
 def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
     wanted = []
     for stage in ("transfer", "finetune", "medusa"):
         if (section := getattr(recipe, stage)) is not None:
-            wanted.append((stage, "train", section.length))
+            field = f"{stage}.curriculum" if section.curriculum else f"{stage}.length"
+            wanted += [(field, "train", length) for _, length in section.phases]
+            longest = max(length for _, length in section.phases)
+            if positions is not None and longest <= positions < longest + section.position_offset:
+                raise ValueError(
+                    f"{stage}.position_offset: {section.position_offset} and a length of {longest} are more than the "
+                    f"{positions} positions that the model knows"
+                )
     if recipe.medusa is not None:
-        wanted.append(("medusa", "heldout", recipe.medusa.length))
+        wanted.append(("medusa.length", "heldout", recipe.medusa.length))
     if recipe.evaluate is not None:
-        wanted.append(("evaluate", "heldout", recipe.evaluate.length))
-    for stage, data, length in wanted:
+        wanted.append(("evaluate.length", "heldout", recipe.evaluate.length))
+    for field, data, length in wanted:
         if positions is not None and length > positions:
-            raise ValueError(f"{stage}.length: {length} is longer than the {positions} positions that the model knows")
+            raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
         packed(f"data.{data}", getattr(recipe.data, data), tokenizer, length, 1)
 
 

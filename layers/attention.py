@@ -65,8 +65,14 @@ class LinearAttention(nn.Module):
             far = self.lam + (self.lam.clamp(min=0) - self.lam).detach()
         elif hasattr(self, "alpha"):
             far = self.alpha
+        if "local" not in self.branches:
+            # A constant, as its logarithm has no gradient at 0.
+            near = torch.zeros_like(one)
+            if self.config.combine == "shared":
+                # Alone above and below the line, the far branch has no use for a weight, which may be 0.
+                far = one
         return Weights(
-            near=near if "local" in self.branches else near * 0,
+            near=near,
             far=far if "linear" in self.branches else far * 0,
             conv=self.conv if self.config.conv_taps and "conv" in self.branches else None,
         )

@@ -69,11 +69,15 @@ class LinearAttentionConfig:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
 
     @property
+    def near_reach(self) -> int:
+        """How many tokens before a query the window may still look at."""
+        return {None: 0, "sliding": self.window_size - 1, "block": self.window_size - 1,
+                "terrace": 2 * self.window_size - 1}[self.window]
+
+    @property
     def reach(self) -> int:
         """How many tokens before a query the window or the convolution may still look at."""
-        window = {None: 0, "sliding": self.window_size - 1, "block": self.window_size - 1,
-                  "terrace": 2 * self.window_size - 1}[self.window]
-        return max(window, self.conv_taps - 1)
+        return max(self.near_reach, self.conv_taps - 1)
 
     @property
     def ring_size(self) -> int:

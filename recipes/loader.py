@@ -213,6 +213,8 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected more than {context['gt']:g}, got {given}"
         case "greater_than_equal":
             message = f"expected {context['ge']:g} or more, got {given}"
+        case "less_than_equal":
+            message = f"expected {context['le']:g} or less, got {given}"
         case _:
             message = f"{error['msg'][0].lower()}{error['msg'][1:]}, got {given}"
     line = next(lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines)
@@ -223,7 +225,8 @@ def _field_names(path: tuple) -> list[str]:
     """Fields of the section at a path; none where no section is."""
     section = Recipe
     for key in path:
-        if isinstance(key, str):
+        # The names in transfer.layers are the user's, each of one more section.
+        if isinstance(key, str) and key in section.model_fields:
             annotation = section.model_fields[key].annotation
             candidates = (annotation, *get_args(annotation))
             section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

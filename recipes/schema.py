@@ -8,9 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     create_model,
@@ -19,13 +17,13 @@ from pydantic import (
 )
 
 from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
+from linearize.recipes.training import Training, TransferSection
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -60,12 +58,6 @@ def _check_model_source(source: str) -> str:
 
 
 ModelSource = Annotated[Text, AfterValidator(_check_model_source)]
-
-
-class Section(BaseModel):
-    """Base of all sections: nothing unknown, nothing converted (`"8"` is no number), nothing changed later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -159,49 +151,6 @@ class DataSection(Section):
     heldout: DataSources
 
 
-class Training(Section):
-    """What every training stage has.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: sequences per optimizer step.
-        micro_batch_size: sequences per forward pass; divides `batch_size`. None takes them all at once.
-        length: tokens per packed sequence.
-        lr: peak learning rate.
-        weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up.
-        schedule: of the learning rate after the warm-up.
-        save_every: steps between checkpoints.
-        bf16: compute under bfloat16 autocast.
-    """
-
-    steps: Positive
-    batch_size: Positive = 8
-    micro_batch_size: Positive | None = None
-    length: Annotated[int, Field(ge=2)] = 1024
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    save_every: Positive = 100
-    bf16: bool = False
-
-    @field_validator("micro_batch_size")
-    @classmethod
-    def _divides(cls, micro: int | None, info: ValidationInfo) -> int | None:
-        batch = info.data.get("batch_size")
-        if micro and batch and batch % micro:
-            raise ValueError(f"{micro} does not divide the batch_size of {batch}")
-        return micro
-
-
-class TransferSection(Training):
-    """Attention transfer: the new layers learn the softmax layers' outputs, everything else stays frozen."""
-
-    objective: Literal["output_mse"] = "output_mse"
-    lr: Annotated[float, Field(gt=0)] = 1e-2
-
-
 class FinetuneSection(Training):
     """End-to-end finetuning of the converted model.
 
@@ -213,6 +162,7 @@ class FinetuneSection(Training):
         train_attention: also train what the linear attention layers added.
         next_token: weight of the next-token cross-entropy.
         distill: weight of the KL divergence from the same model in softmax mode.
+        attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         deepspeed: path of a DeepSpeed JSON configuration.
         gradient_checkpointing: recompute activations in the backward pass.
     """
@@ -222,11 +172,12 @@ class FinetuneSection(Training):
     alpha: Annotated[float, Field(gt=0)] = 16
     targets: Annotated[list[Text], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     train_attention: bool = True
-    next_token: Annotated[float, Field(ge=0)] = 1.0
-    distill: Annotated[float, Field(ge=0)] = 0.0
+    next_token: Weight = 1.0
+    distill: Weight = 0.0
+    attention_lr: LearningRate | None = None
     deepspeed: Text | None = None
     gradient_checkpointing: bool = False
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
 
     @field_validator("distill")
     @classmethod
@@ -236,6 +187,13 @@ class FinetuneSection(Training):
         if not distill and info.data.get("next_token") == 0:
             raise ValueError("next_token and distill are both 0, so there is no loss; give one of them a weight")
         return distill
+
+    @field_validator("attention_lr")
+    @classmethod
+    def _attention_learns(cls, lr: float | None, info: ValidationInfo) -> float | None:
+        if lr is not None and info.data.get("train_attention") is False:
+            raise ValueError("train_attention is false, so no attention layer has a learning rate")
+        return lr
 
     @field_validator("deepspeed")
     @classmethod
@@ -257,7 +215,7 @@ class MedusaSection(Training):
     heads: Positive = 4
     projection: Literal["shared", "own"] = "shared"
     decay: Annotated[float, Field(gt=0)] = 0.8
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
 
 
 class EvaluateSection(Section):
@@ -308,3 +266,13 @@ class Recipe(Section):
     medusa: MedusaSection | None = None
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
+
+    @field_validator("transfer")
+    @classmethod
+    def _objectives_fit_the_attention(
+        cls, transfer: TransferSection | None, info: ValidationInfo
+    ) -> TransferSection | None:
+        attention = info.data.get("attention")
+        if transfer is not None and attention is not None and (why := transfer.contradiction(attention.config)):
+            raise ValueError(why)
+        return transfer

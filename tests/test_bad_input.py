@@ -128,6 +128,27 @@ def test_lengths_beyond_the_model(refused):
     assert "transfer.length: 1024 is longer than the 512 positions" in refused("transfer.length=1024")
 
 
+def test_phases_beyond_the_model(refused):
+    line = refused("transfer.curriculum=[{length: 1024, share: 1.0}]", "transfer.batch_size=16")
+    assert "transfer.curriculum: 1024 is longer than the 512 positions" in line
+
+
+def test_positions_beyond_the_model(refused):
+    line = refused("finetune.position_offset=449")
+    assert "finetune.position_offset: 449 and a length of 64 are more than the 512 positions" in line
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("{0-2: {lr: 1.0}}", "0-2 is not among this model's attention layers, which are 0 to 1"),
+        ("{0-1: {steps: 3}}", "every layer stops by step 3, so 6 steps are too many"),
+    ],
+)
+def test_layers_that_do_not_fit_the_model(refused, layers, expected):
+    assert f"transfer.layers: {expected}" in refused(f"transfer.layers={layers}")
+
+
 def test_nothing_to_train(refused):
     assert "transfer: attention preset swa has nothing to train; set transfer: null" in refused(
         attention={"preset": "swa"}
@@ -145,6 +166,15 @@ def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", found)
     (tmp_path / "zero2.json").write_text("{}")
     assert "finetune.deepspeed: deepspeed is not installed" in refused(f"finetune.deepspeed={tmp_path}/zero2.json")
+
+
+def test_learning_rates_that_deepspeed_does_not_know(refused, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    found = lambda name, *rest: real("torch" if name == "deepspeed" else name, *rest)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    (tmp_path / "zero2.json").write_text('{"optimizer": {"type": "AdamW"}}')
+    line = refused(f"finetune.deepspeed={tmp_path}/zero2.json", "finetune.attention_lr=1e-3")
+    assert "finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own" in line
 
 
 def test_override_that_is_wrong(refused):

@@ -122,9 +122,26 @@ def test_only_needs_the_stages_before(linearize, recipe):
     assert "needs stage transfer first" in result.stderr
 
 
+# Everything that draws, and that changes with the steps.
+RANDOM = ["recall=0.5", "position_offset=100", "curriculum=[{length: 32, share: 0.5}, {length: 64, share: 0.5}]"]
+ALL_OPTIONS = {
+    "transfer": [
+        *RANDOM,
+        "window_dropout=0.9",
+        "objectives={output_mse: 1.0, linear_mse: 0.5, weights_kl: 0.1, far_mass: 0.5}",
+        "layers={0: {lr: 3e-3, steps: 50}}",
+    ],
+    "finetune": [*RANDOM, "attention_lr=3e-3", "distill=0.5", "micro_batch_size=1", "length=128"],
+}
+
+
 @pytest.mark.parametrize("stage", ["transfer", "finetune"])
-def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, stage):
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["default", "all options"])
+def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, stage, options):
     changes = [f"{stage}.steps=60", "medusa=null", "export=null", *(["finetune=null"] if stage == "transfer" else [])]
+    changes += [f"{stage}.{option}" for option in options.get(stage, [])]
+    # Learned maps of rotated keys are what an offset of the positions changes.
+    changes += ["attention.rope=after"] if options else []
     path = recipe()
     converted(linearize, path, *changes, "--out", tmp_path / "whole")
 
@@ -282,6 +299,47 @@ def test_check_recipes_and_env_speak_json(linearize, recipe):
     assert json.loads(linearize("env", "--json").stdout)["linear attention backends"]
 
 
+def test_plan_counts_the_tokens_of_every_phase(linearize, recipe):
+    phases = "curriculum=[{length: 32, share: 0.5}, {length: 128, share: 0.5}]"
+    plan = json.loads(linearize("check", recipe(), f"transfer.{phases}", f"finetune.{phases}", "--json").stdout)
+    assert [stage["tokens"] for stage in plan["stages"]] == [6 * 2 * 64, 6 * 2 * 64, 4 * 2 * 64]
+
+
+def weights_of(run: Path, stage: str, layer: int) -> dict[str, torch.Tensor]:
+    """What the stage left of a layer's linear attention, by the parameter's own name."""
+    mark = f".layers.{layer}.self_attn.linear_attention."
+    saved = load_file(run / stage / "weights.safetensors")
+    return {name.split(mark)[1]: weight for name, weight in saved.items() if mark in name}
+
+
+def moved(before: dict, after: dict) -> bool:
+    return any((before[name] - after[name]).abs().max() > 1e-4 for name in before)
+
+
+def test_layers_have_their_own_learning_rates_and_steps(linearize, recipe, tmp_path):
+    path = recipe(finetune=None, medusa=None, evaluate=None, export=None)
+    common = ["transfer.schedule=constant", "transfer.weight_decay=0.1"]
+    converted(linearize, path, *common, "transfer.steps=3", "--out", tmp_path / "short")
+    converted(linearize, path, *common, "transfer.layers={0: {steps: 3}, 1: {lr: 1e-12}}", "--out", tmp_path / "long")
+    short, long, start = tmp_path / "short", tmp_path / "long", tmp_path / "long"
+    # Layer 0 is after 6 steps what it was after 3, in spite of momentum and weight decay.
+    stopped, expected = (weights_of(run, "transfer", 0) for run in (long, short))
+    assert all(torch.equal(stopped[name], expected[name]) for name in expected)
+    assert moved(weights_of(start, "install", 1), weights_of(short, "transfer", 1))
+    assert not moved(weights_of(start, "install", 1), weights_of(long, "transfer", 1))
+    assert list(state(long, "transfer")["metrics"]["last_loss_of_layer"]) == ["1"]
+
+
+def test_attention_has_its_own_learning_rate_in_finetuning(linearize, recipe, tmp_path):
+    path = recipe(medusa=None, evaluate=None, export=None)
+    converted(linearize, path)
+    assert moved(*(weights_of(tmp_path / "run", stage, 0) for stage in ("transfer", "finetune")))
+    converted(linearize, path, "finetune.attention_lr=1e-12", "--from", "finetune")
+    assert not moved(*(weights_of(tmp_path / "run", stage, 0) for stage in ("transfer", "finetune")))
+    saved = load_file(tmp_path / "run" / "finetune" / "weights.safetensors")
+    assert any(weight.abs().max() > 1e-3 for name, weight in saved.items() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("preset", ["augmented-icml", "lolcats", "hedgehog", "t2r", "swa"])
 def test_every_preset_converts(linearize, recipe, tmp_path, preset):
     sections = {"attention": {"preset": preset}, "medusa": None}
@@ -303,6 +361,7 @@ def test_full_finetune(linearize, recipe, tmp_path):
 def test_half_precision_keeps_masters_in_fp32(linearize, recipe, tmp_path):
     path = recipe(medusa=None)
     precise = ["transfer.bf16=true", "finetune.bf16=true", "model.dtype=bfloat16", "export.dtype=bfloat16"]
+    precise += ["transfer.objectives={linear_mse: 1.0, weights_kl: 1.0, far_mass: 1.0}", "finetune.distill=0.5"]
     converted(linearize, path, *precise)
     run = tmp_path / "run"
     losses = state(run, "transfer")["metrics"]["loss"] + state(run, "finetune")["metrics"]["loss"]
