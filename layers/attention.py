@@ -7,7 +7,8 @@ from .cache import LinearCacheLayer
 from .config import LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .kernels import Problem, Weights, augmented_attention
-from .tokens import Tokens, locate
+from .softmax import softmax_attention
+from .tokens import Tokens, locate, visible_keys
 
 BRANCHES = frozenset({"local", "linear", "conv"})
 
@@ -16,23 +17,32 @@ class LinearAttention(nn.Module):
     """Replaces softmax(QK^T)V in one attention module; projections stay where they are.
 
     Parameters are fp32 masters whatever the model's dtype. H query heads share H_kv key heads, and the state is per
-    key head.
+    key head. Key heads may be kept, with all the query heads of their group: they stay softmax, have no parameters
+    here, and a cache remembers all of their tokens.
+
+    Args:
+        heads, kv_heads, head_dim: of the attention module.
+        kept: key heads to keep.
 
     Attributes:
+        heads, kv_heads: those that are linear.
         backend: name of a kernel backend, or "auto".
         branches: which of `BRANCHES` take part; evaluation switches them off one by one.
     """
 
-    def __init__(self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int):
+    def __init__(
+        self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int, kept: tuple[int, ...] = ()
+    ):
         super().__init__()
-        self.config = config
+        self.config, self.kept = config, kept
+        heads, kv_heads = heads - len(kept) * (heads // kv_heads), kv_heads - len(kept)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.backend = "auto"
         self.branches = BRANCHES
         # The seam's notes: what the present call got, and whether the module applies its rotary embedding (None:
         # not known yet, being watched during the first call).
         self.call = self.rotates = self.watch = None
-        if config.feature_map is not None:
+        if heads and config.feature_map is not None:
             feature_map = FEATURE_MAPS[config.feature_map]
             self.phi_q = feature_map(heads, head_dim, config.feature_dim)
             self.phi_k = feature_map(kv_heads, head_dim, config.feature_dim)
@@ -46,7 +56,7 @@ class LinearAttention(nn.Module):
                 self.gate = nn.Parameter(torch.full((heads,), -2.197))
         else:
             self.features = 0
-        if config.conv_taps:
+        if heads and config.conv_taps:
             self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps))
 
     def weights(self, device: torch.device) -> Weights:
@@ -95,6 +105,45 @@ class LinearAttention(nn.Module):
         """
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
+        if not self.kept:
+            return self._linear(q, k, v, raw_q, raw_k, scale, segments, cache, ancestors)
+        kv_heads = k.shape[1]
+        linear = [head for head in range(kv_heads) if head not in self.kept]
+
+        def of(chosen, x):  # of x [B, H or H_kv, ..] the heads that belong to the chosen key heads
+            if x is None:
+                return None
+            groups = x.chunk(kv_heads, dim=1)
+            return torch.cat([groups[head] for head in chosen] or [x[:, :0]], dim=1)
+
+        rest = (scale, segments, cache, ancestors)
+        # Softmax first, since the linear part moves the cache on.
+        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest)
+        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k)), *rest)
+        if not linear:
+            return softmax_out
+        outputs = dict(zip(self.kept, softmax_out.chunk(len(self.kept), dim=1), strict=True))
+        outputs |= zip(linear, linear_out.chunk(len(linear), dim=1), strict=True)
+        return torch.cat([outputs[head] for head in range(kv_heads)], dim=1)
+
+    def _softmax(self, q, k, v, scale, segments, cache, ancestors) -> Tensor:
+        """`forward` for kept heads."""
+        tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
+        keys, values = k, v
+        if cache is not None:
+            keys, values, tokens = cache.memory.recall(k, v, tokens)
+        alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
+        visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
+        if ancestors is not None:
+            cache.memory.draft = (k, v)
+        elif cache is not None:
+            cache.memory.keep(keys, values, tokens)
+            if segments is not None:
+                cache.memory.compact()
+        return softmax_attention(q, keys, values, visible, scale)
+
+    def _linear(self, q, k, v, raw_q, raw_k, scale, segments, cache, ancestors) -> Tensor:
+        """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         phi_q = phi_k = None
         if self.features:
@@ -117,7 +166,8 @@ class LinearAttention(nn.Module):
         if self.features:
             phi_k = self.phi_k(keys.get("raw", keys["k"]))
 
-        out = augmented_attention(
+        # Without linear heads there is only the cache to move on.
+        out = q if not self.heads else augmented_attention(
             Problem(
                 q=q,
                 k=keys["k"],
@@ -149,4 +199,6 @@ class LinearAttention(nn.Module):
         return locate(segments, past_segment, past)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}" + (
+            f", kept={self.kept}" if self.kept else ""
+        )

@@ -130,7 +130,8 @@ def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
 class LinearizedMixin:
     """A transformers causal language model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
 
-    `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`).
+    `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`), and
+    `config.kept_heads` the key heads that stay softmax: layer index, as text, -> heads.
     """
 
     # Masters stay fp32 when the model is loaded in half precision.
@@ -138,7 +139,8 @@ class LinearizedMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        _install(self, LinearAttentionConfig(**config.linear_attention))
+        kept = {int(index): tuple(heads) for index, heads in (getattr(config, "kept_heads", None) or {}).items()}
+        _install(self, LinearAttentionConfig(**config.linear_attention), kept)
 
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
@@ -157,27 +159,39 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Linearized{base.__name__}", (LinearizedMixin, base), {"__module__": __name__})
 
 
-def install(model: PreTrainedModel, config: LinearAttentionConfig) -> PreTrainedModel:
+def install(
+    model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[int, tuple[int, ...]] | None = None
+) -> PreTrainedModel:
     """Give every attention module of `model` a `LinearAttention` and switch to it, in place.
 
     What was installed before is replaced.
 
+    Args:
+        kept: layer index -> key heads that stay softmax, with all the query heads of their group.
+
     Raises:
         UnsupportedModelError: when an attention module cannot be replaced.
-        ValueError: when `config` does not fit the model's heads. The model is untouched in both cases.
+        ValueError: when `config` does not fit the model's heads, or a head of `kept` is not there. The model is
+            untouched in both cases.
     """
-    _install(model, config)
+    kept = kept or {}
+    _install(model, config, kept)
     if not isinstance(model, LinearizedMixin):
         model.__class__ = linearized_class(type(model))
     model.config.linear_attention = config.to_dict()
+    model.config.kept_heads = {str(index): list(heads) for index, heads in kept.items()}
     return model
 
 
-def _install(model: PreTrainedModel, config: LinearAttentionConfig) -> None:
+def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[int, tuple[int, ...]]) -> None:
     text_config = model.config.get_text_config(decoder=True)
     modules = attention_modules(model)
+    shapes = {index: head_shape(module, text_config) for index, module in modules.items()}
+    for index, heads in kept.items():
+        if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
+            raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
-    layers = {index: LinearAttention(config, *head_shape(module, text_config)) for index, module in modules.items()}
+    layers = {index: LinearAttention(config, *shape, kept.get(index, ())) for index, shape in shapes.items()}
     for index, module in modules.items():
         device = next(module.parameters()).device
         if not hasattr(module, "linear_attention"):

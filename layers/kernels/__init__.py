@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import LinearAttentionConfig
-from ..tokens import Tokens
+from ..tokens import Tokens, visible_keys
 from .chunked import attend_sequence, chunk_size
 from .reference import State, Weights, attend, contract, conv_band
 
@@ -50,11 +50,7 @@ def reference(problem: Problem) -> Tensor:
     """[B, H, T, D_v] by the quadratic oracle."""
     past, keys = problem.past, problem.keys
     document = keys.document[:, past:]
-    order = problem.ancestors
-    if order is None:
-        order = torch.ones(2 * document.shape[1:], dtype=torch.bool, device=document.device).tril()
-    order = torch.cat([order.new_ones(order.shape[0], past), order], dim=1)
-    visible = order & keys.valid[:, None, :] & (document[:, :, None] == keys.document[:, None, :])
+    visible = visible_keys(keys, document.shape[1], problem.ancestors) & keys.valid[:, None, :]
     out = attend(
         problem.q,
         problem.k,
