@@ -1,7 +1,8 @@
 """What generation remembers: per layer one state, the sinks, and one ring of recent raw keys and values.
 
-Bytes do not depend on how many tokens were seen, except where heads are kept softmax (`softmax.SoftmaxMemory`). Only a token that has left every window, and the `slack` behind it,
-enters the state; so the state is read-only for draft trees, and `crop` moves a cursor.
+Bytes do not depend on how many tokens were seen, except where heads are kept softmax (`softmax.SoftmaxMemory`).
+Only a token that has left every window, and the `slack` behind it, enters the state; so the state is read-only for
+draft trees, and `crop` moves a cursor.
 """
 
 from collections.abc import Callable

@@ -127,6 +127,12 @@ def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def head_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """layer_idx -> `head_shape`; raises as `attention_modules`."""
+    config = model.config.get_text_config(decoder=True)
+    return {index: head_shape(module, config) for index, module in attention_modules(model).items()}
+
+
 class LinearizedMixin:
     """A transformers causal language model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
 
@@ -184,9 +190,7 @@ def install(
 
 
 def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[int, tuple[int, ...]]) -> None:
-    text_config = model.config.get_text_config(decoder=True)
-    modules = attention_modules(model)
-    shapes = {index: head_shape(module, text_config) for index, module in modules.items()}
+    modules, shapes = attention_modules(model), head_shapes(model)
     for index, heads in kept.items():
         if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
             raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
