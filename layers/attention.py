@@ -88,6 +88,7 @@ class LinearAttention(nn.Module):
         segments: Tensor | None = None,
         cache: LinearCacheLayer | None = None,
         ancestors: Tensor | None = None,
+        sliding_window: int | None = None,
     ) -> Tensor:
         """Outputs [B, H, T, D_v].
 
@@ -99,6 +100,7 @@ class LinearAttention(nn.Module):
             cache: continued from and added to. Without one the sequence stands alone.
             ancestors: [T, T] bool, True where node j is an ancestor of node i or i itself: the tokens are nodes of a
                 draft tree behind the cached tokens, verified but not added; `cache.accept` adds a path of them.
+            sliding_window: of the softmax model's own layer; kept heads see no further than they did.
 
         Raises:
             ValueError: for a tree without a cache.
@@ -118,7 +120,7 @@ class LinearAttention(nn.Module):
 
         rest = (scale, segments, cache, ancestors)
         # Softmax first, since the linear part moves the cache on.
-        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest)
+        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest, sliding_window)
         linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k)), *rest)
         if not linear:
             return softmax_out
@@ -126,14 +128,20 @@ class LinearAttention(nn.Module):
         outputs |= zip(linear, linear_out.chunk(len(linear), dim=1), strict=True)
         return torch.cat([outputs[head] for head in range(kv_heads)], dim=1)
 
-    def _softmax(self, q, k, v, scale, segments, cache, ancestors) -> Tensor:
+    def _softmax(self, q, k, v, scale, segments, cache, ancestors, sliding_window) -> Tensor:
         """`forward` for kept heads."""
         tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
+        if ancestors is not None:
+            tokens.position = tokens.position[:, :1] + ancestors.sum(-1) - 1
         keys, values = k, v
         if cache is not None:
             keys, values, tokens = cache.memory.recall(k, v, tokens)
         alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
-        visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
+        bounded = sliding_window is not None and keys.shape[2] > sliding_window
+        visible = None if alone and not bounded else visible_keys(tokens, q.shape[2], ancestors)
+        if bounded:
+            distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
+            visible = visible & (distance < sliding_window)
         if ancestors is not None:
             cache.memory.draft = (k, v)
         elif cache is not None:

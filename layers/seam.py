@@ -195,7 +195,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
         if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
             raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
-    layers = {index: LinearAttention(config, *shape, kept.get(index, ())) for index, shape in shapes.items()}
+    layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
     for index, module in modules.items():
         device = next(module.parameters()).device
         if not hasattr(module, "linear_attention"):
@@ -277,7 +277,8 @@ def _stop_watching(module: nn.Module, *_) -> None:
 
 @dataclass
 class Inputs:
-    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same."""
+    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same; and what
+    else bears on it."""
 
     q: Tensor
     k: Tensor
@@ -285,6 +286,7 @@ class Inputs:
     raw_k: Tensor | None
     cache: LinearCacheLayer | None
     segments: Tensor | None
+    sliding_window: int | None
 
 
 def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Inputs:
@@ -315,13 +317,14 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if segments is None and cu_seqlens is not None and call.cache is None:
         segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
+    sliding_window = kwargs.get("sliding_window")
     if call.rotary is None:
-        return Inputs(query, key, None, None, call.cache, segments)
+        return Inputs(query, key, None, None, call.cache, segments, sliding_window)
     cos, sin = call.rotary
     size = cos.shape[-1]
     q, k = _rotate_function(module)(query[..., :size], key[..., :size], cos, sin)
     q, k = torch.cat([q, query[..., size:]], dim=-1), torch.cat([k, key[..., size:]], dim=-1)
-    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments)
+    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments, sliding_window)
 
 
 def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:
@@ -335,6 +338,7 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
         raw_k=inputs.raw_k,
         segments=inputs.segments,
         cache=inputs.cache,
+        sliding_window=inputs.sliding_window,
     )
     return out.transpose(1, 2)
 

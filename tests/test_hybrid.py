@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from linearize.hub.export import export_model
 from linearize.layers.cache import LinearCache, LinearCacheLayer
 from linearize.layers.config import PRESETS, LinearAttentionConfig
-from linearize.layers.seam import install
+from linearize.layers.seam import head_shapes, install
 from linearize.layers.tokens import PADDING
 
 from .families import PAD, tiny_model
@@ -193,6 +193,18 @@ def test_all_heads_kept_are_the_softmax_model(family):
     everything = dict.fromkeys(range(2), tuple(range(4 if family == "gpt2" else 2)))
     install(student, PRESETS["augmented"], everything)
     assert model_error(logits(student, ids), logits(tiny_model(family), ids)) < TOLERANCE
+    assert model_error(cached_logits(student, ids), logits(student, ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "modernbert-decoder"])
+def test_kept_heads_see_no_further_than_they_did(name):
+    """The softmax model's own sliding window, of all or of some layers, still bounds its softmax heads."""
+    ids = text(2, 36)
+    softmax_model = tiny_model(name, sliding_window=5)
+    kv_heads = head_shapes(softmax_model)[0][1]
+    student = install(tiny_model(name, sliding_window=5), FAMILY_CONFIG, dict.fromkeys(range(2), range(kv_heads)))
+    assert model_error(logits(student, ids), logits(softmax_model, ids)) < TOLERANCE
+    assert model_error(logits(tiny_model(name), ids), logits(softmax_model, ids)) > 1e-3
     assert model_error(cached_logits(student, ids), logits(student, ids)) < TOLERANCE
 
 
