@@ -2,8 +2,10 @@
 
 The first half of such a text shows what a head does for likelihood, the second what it does for recall. Heads are
 first ranked by attention alone, as retrieval heads are found (arXiv 2404.15574): the mass that a query of the
-second half puts on the token that followed the same token in the first. The best of them are then added to a model
-whose other heads see a window and sinks only, those first by which the loss falls most.
+second half puts on the token that followed the same token in the first. With the best of them softmax and all
+others windowed, each is then windowed alone: those stay without which the loss grows most. The order matters.
+Heads work in chains, so what one adds to a model without the others says little (measured on SmolLM2-135M: 9 of 90
+heads copy 512 tokens with accuracy .60 chosen so, .62 by attention alone, .88 by what windowing them loses).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +24,8 @@ from linearize.layers.seam import attention_modules, head_shapes, install
 
 Head = tuple[int, int]
 
-# Heads measured for each head that is kept, and heads chosen before the others are measured again beside them.
+# Heads measured for each head that is kept.
 CANDIDATES = 3
-PER_ROUND = 3
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
             raise StageError(f"keep.kv_budget: {type(module).__name__} shows no attention weights; give keep.heads")
         # Token i - length + 1 followed what token i is a copy of.
         mass = weights[0].diagonal(1 - length, dim1=-2, dim2=-1)[:, 1:-1].float().mean(-1)
-        best = mass.view(shapes[module.layer_idx][1], -1).amax(1)
-        scores.setdefault(module.layer_idx, []).append(best)
+        scores.setdefault(module.layer_idx, []).append(mass)
 
     hooks = [module.register_forward_hook(note) for module in attention_modules(model).values()]
     try:
@@ -71,8 +71,11 @@ def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    means = {layer: torch.stack(found).mean(0).tolist() for layer, found in scores.items()}
-    return {(layer, head): score for layer, row in means.items() for head, score in enumerate(row)}
+    best = {
+        layer: torch.stack(found).mean(0).view(shapes[layer][1], -1).amax(1).tolist()
+        for layer, found in scores.items()
+    }
+    return {(layer, head): score for layer, row in best.items() for head, score in enumerate(row)}
 
 
 def copy_loss(model: nn.Module, texts: Tensor) -> Loss:
@@ -101,21 +104,20 @@ class Calibration:
     Attributes:
         kept: the chosen heads, best first.
         retrieval: every head's score (`retrieval_scores`).
-        gain: nats per token, likelihood and recall together, by which the loss fell when this head was added to
-            those chosen in the rounds before; of the last round that measured it.
+        cost: nats per token, likelihood and recall together, that windowing the head alone costs; of the candidates.
         before, after: losses with every head windowed, and with all but the chosen ones.
     """
 
     kept: list[Head]
     retrieval: dict[Head, float]
-    gain: dict[Head, float]
+    cost: dict[Head, float]
     before: Loss
     after: Loss
 
     def to_dict(self) -> dict:
         """As JSON, `kept` by layer."""
         heads = [
-            {"layer": layer, "head": head, "retrieval": score, "gain": self.gain.get((layer, head))}
+            {"layer": layer, "head": head, "retrieval": score, "cost": self.cost.get((layer, head))}
             for (layer, head), score in self.retrieval.items()
         ]
         losses = {"before": asdict(self.before), "after": asdict(self.after)}
@@ -127,16 +129,18 @@ class Calibration:
         title = f"kept heads: recall {before.recall:.3f} -> {after.recall:.3f} nats per token, likelihood "
         title += f"{before.likelihood:.3f} -> {after.likelihood:.3f}"
         table = Table(title=title, title_justify="left")
-        for name in ("layer", "key head", "retrieval", "loss falls by"):
+        for name in ("layer", "key head", "retrieval", "windowed costs"):
             table.add_column(name, justify="right")
         for layer, head in self.kept:
-            score, gain = self.retrieval[layer, head], self.gain[layer, head]
-            table.add_row(str(layer), str(head), f"{score:.3f}", f"{gain:.3f}")
+            score, cost = self.retrieval[layer, head], self.cost[layer, head]
+            table.add_row(str(layer), str(head), f"{score:.3f}", f"{cost:.3f}")
         return table
 
 
-def calibrate(model: PreTrainedModel, config: LinearAttentionConfig, texts: Tensor, count: int, console: Console):
-    """The `count` heads worth keeping where all others are what `config` says, as a `Calibration`.
+def calibrate(
+    model: PreTrainedModel, config: LinearAttentionConfig, texts: Tensor, count: int, console: Console
+) -> Calibration:
+    """The `count` heads worth keeping where the others see the window and sinks of `config`.
 
     Args:
         model: is left linearized.
@@ -148,23 +152,14 @@ def calibrate(model: PreTrainedModel, config: LinearAttentionConfig, texts: Tens
     retrieval = retrieval_scores(model, texts)
     candidates = sorted(retrieval, key=retrieval.get, reverse=True)[: CANDIDATES * count]
     config = window_alone(config)
-    kept, gain = [], {}
 
     def loss_with(heads: list[Head]) -> Loss:
         return copy_loss(install(model, config, heads_by_layer(heads)), texts)
 
-    before = after = loss_with([])
-    rounds = -(-count // PER_ROUND)
-    passes = sum(len(candidates) - i * PER_ROUND for i in range(rounds))
-    with TokenProgress(console, passes, texts.numel()) as bar:
-        done = 0
-        while len(kept) < count:
-            left = [head for head in candidates if head not in kept]
-            for head in left:
-                gain[head] = after.total - loss_with([*kept, head]).total
-                done += 1
-                bar.show(done, f"{len(kept)} of {count} heads chosen")
-            left.sort(key=gain.get, reverse=True)
-            kept += left[: min(PER_ROUND, count - len(kept))]
-            after = loss_with(kept)
-    return Calibration(kept, retrieval, gain, before, after)
+    cost, all_kept = {}, loss_with(candidates)
+    with TokenProgress(console, len(candidates), texts.numel()) as bar:
+        for head in candidates:
+            cost[head] = loss_with([other for other in candidates if other != head]).total - all_kept.total
+            bar.show(len(cost), "heads windowed one by one")
+    kept = sorted(candidates, key=cost.get, reverse=True)[:count]
+    return Calibration(kept, retrieval, cost, before=loss_with([]), after=loss_with(kept))

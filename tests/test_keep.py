@@ -2,8 +2,74 @@
 
 import json
 
+import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
+
+from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores, window_alone
+from linearize.convert.keep import head_budget, heads_by_layer
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.seam import install
+from linearize.recipes.schema import KeepSection
+
+from .families import VOCAB, tiny_model
+
+CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
+
+
+def said_twice(texts, length):
+    return torch.randint(3, VOCAB, (texts, length), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
+    model, texts, length = tiny_model(name), said_twice(2, 20), 20
+    scores = retrieval_scores(model, texts)
+    attentions = model(texts, output_attentions=True, use_cache=False).attentions
+    for (layer, head), score in scores.items():
+        groups = attentions[layer].shape[1] // (len(scores) // 2)
+        mass = [
+            sum(attentions[layer][row, query, i, i - length + 1].item() for row in range(2) for i in range(20, 39))
+            for query in range(head * groups, (head + 1) * groups)
+        ]
+        assert score == pytest.approx(max(mass) / 38, rel=1e-4)
+
+
+def test_calibration_keeps_the_head_that_is_missed_most():
+    texts = said_twice(2, 20)
+    measured = calibrate(tiny_model("llama"), CONFIG, texts, 1, Console(quiet=True))
+    model = tiny_model("llama")
+
+    def loss(*heads):
+        return copy_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts)
+
+    a, b, c = sorted(measured.retrieval, key=measured.retrieval.get)[1:]
+    everything = loss(a, b, c).total
+    cost = {a: loss(b, c).total - everything, b: loss(a, c).total - everything, c: loss(a, b).total - everything}
+    # Differences of single-precision sums near 5.
+    assert measured.cost == pytest.approx(cost, abs=1e-5)
+    assert measured.kept == [max(cost, key=cost.get)]
+    assert (measured.before, measured.after) == (loss(), loss(*measured.kept))
+
+
+def test_loss_of_the_two_halves():
+    model, texts = tiny_model("llama"), said_twice(1, 20)
+    nats = -model(texts).logits[0].log_softmax(-1)
+    by_token = [nats[t - 1, texts[0, t]].item() for t in range(1, 40)]
+    loss = copy_loss(model, texts)
+    assert loss.likelihood == pytest.approx(sum(by_token[:19]) / 19, rel=1e-5)
+    assert loss.recall == pytest.approx(sum(by_token[20:]) / 19, rel=1e-5)
+
+
+def test_budget_is_rounded_down_and_no_further():
+    heads = dict.fromkeys(range(25), 4)
+    assert [head_budget(KeepSection(kv_budget=share), heads) for share in (0.29, 0.299, 0.01)] == [29, 29, 1]
+
+
+def test_window_of_presets_without_one_is_the_published_one():
+    assert window_alone(PRESETS["hedgehog"]) == PRESETS["swa"]
+    assert window_alone(CONFIG).ring_size < CONFIG.ring_size + 64 and window_alone(CONFIG).window_size == 8
 
 
 def kept_of(run):
