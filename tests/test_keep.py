@@ -94,8 +94,9 @@ def test_convert_with_named_heads(linearize, recipe, tmp_path):
     assert sum(losses[3:]) < sum(losses[:3])
 
 
-def test_convert_with_whole_layers(linearize, recipe, tmp_path):
-    result = linearize("convert", recipe(keep={"layers": [0]}, medusa=None))
+def test_convert_with_whole_layers_in_half_precision(linearize, recipe, tmp_path):
+    half = ["transfer.bf16=true", "finetune.bf16=true", "finetune.distill=0.5", "model.dtype=bfloat16"]
+    result = linearize("convert", recipe(keep={"layers": [0]}, medusa=None), *half)
     assert result.code == 0, result.stderr
     assert kept_of(tmp_path / "run") == {"0": [0, 1]}
 
