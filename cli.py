@@ -184,7 +184,8 @@ def chat(
         if json:
             print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))
         else:
-            console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, whatever the length)[/dim]")
+            length = "so far" if getattr(loaded.config, "kept_heads", None) else "whatever the length"
+            console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, {length})[/dim]")
         if prompt is not None:
             return
 

@@ -13,7 +13,7 @@ CARD = """---
 # {name}
 
 {base} with its softmax attention turned into augmented linear attention by
-linearize: memory per generated token is constant, prefill is linear in length.
+linearize: {memory}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,8 +52,20 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=recipe.name,
         base=base or "A model",
+        memory=_memory(metrics["install"]),
         results=_results(metrics),
         recipe=dump_recipe(recipe),
+    )
+
+
+def _memory(installed: dict) -> str:
+    kept = {layer: heads for layer, heads in installed["kept_heads"].items() if heads}
+    if not kept:
+        return "memory per generated token is constant, prefill is linear in length."
+    names = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in kept.items())
+    return (
+        "memory per generated token is constant and prefill linear in length, except for the key heads that stay\n"
+        f"softmax and keep their cache ({names})."
     )
 
 

@@ -203,7 +203,7 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected some text, got {given}"
         case "list_type":
             message = f"expected a list, got {given}"
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "dict_type":
             message = f"expected a section with fields, got {given}"
         case "too_short":
             message = "expected at least one entry, got an empty list"
@@ -211,6 +211,8 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected {context['expected']}, got {given}"
         case "greater_than":
             message = f"expected more than {context['gt']:g}, got {given}"
+        case "less_than":
+            message = f"expected less than {context['lt']:g}, got {given}"
         case "greater_than_equal":
             message = f"expected {context['ge']:g} or more, got {given}"
         case "less_than_equal":

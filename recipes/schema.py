@@ -108,6 +108,39 @@ class AttentionSection(create_model("_AttentionFields", __base__=Section, **_att
         return LinearAttentionConfig(**self.model_dump(exclude={"preset"}))
 
 
+Indices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+def _text_keys(value: Any) -> Any:
+    """YAML reads `18:` as a number; the keys of a section are text."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class KeepSection(Section):
+    """Key heads that stay softmax, with the query heads of their group; exactly one of the first three says which.
+
+    Attributes:
+        kv_budget: share of the model's key heads, i.e. of its KV cache, rounded down; which ones is measured.
+        layers: all heads of the layers of these indices.
+        heads: layer index -> key heads.
+        texts: texts of the training data to measure on.
+        length: tokens of each of them; they are read twice in a row.
+    """
+
+    kv_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layers: Indices | None = None
+    heads: Annotated[dict[str, Indices], BeforeValidator(_text_keys), Field(min_length=1)] | None = None
+    texts: Positive = 4
+    length: Annotated[int, Field(ge=2)] = 512
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "KeepSection":
+        given = [name for name in ("kv_budget", "layers", "heads") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of kv_budget, layers and heads, not {' and '.join(given) or 'none'}")
+        return self
+
+
 class DataSource(Section):
     """One corpus.
 
@@ -260,6 +293,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     attention: AttentionSection = AttentionSection()
+    keep: KeepSection | None = None
     data: DataSection
     transfer: TransferSection | None = None
     finetune: FinetuneSection | None = None

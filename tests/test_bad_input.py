@@ -279,3 +279,24 @@ def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     result = linearize("convert", recipe(model={"source": str(model)}))
     assert result.code == 2 and "no fitting weights for model.layers.1.mlp.up_proj.weight" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("keep", "reason"),
+    [
+        ({}, "keep: give one of kv_budget, layers and heads, not none"),
+        ({"kv_budget": 0.1, "layers": [0]}, "keep: give one of kv_budget, layers and heads, not kv_budget and layers"),
+        ({"kv_budget": 1.0}, "keep.kv_budget: expected less than 1, got 1.0"),
+        ({"kv_budget": 0.2}, "keep.kv_budget: 0.2 of the model's 4 key heads is not one head; use 0.25 or more"),
+        ({"kv_budget": 0.5}, "keep.length: 512 tokens twice are longer than the 512 positions of the model"),
+        ({"kv_budget": 0.5, "length": 16}, "keep.length: a text of 16 tokens is repeated within the window"),
+        ({"layers": [2]}, "keep.layers: the model has no attention layer 2; it has 0, 1"),
+        ({"layers": [1, 0]}, "keep.layers: these are all of the model's heads, so nothing is left to linearize"),
+        ({"heads": {"one": [0]}}, "keep.heads: the model has no attention layer one"),
+        ({"heads": {"1": [0, 2]}}, "keep.heads: layer 1 has no key head 2; its heads are 0 to 1"),
+        ({"heads": {"1": [-1]}}, "keep.heads.1.0: expected 0 or more, got -1"),
+        ({"heads": [1]}, "keep.heads: expected a section with fields, got a list"),
+    ],
+)
+def test_heads_that_cannot_be_kept(refused, keep, reason):
+    assert reason in refused(keep=keep)
