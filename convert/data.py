@@ -1,6 +1,7 @@
 """From text and chat data to packed sequences of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -128,8 +129,7 @@ class PackedDataset(Dataset):
     """
 
     def __init__(self, sources: Sequence[DataSource], tokenizer, length: int, size: int):
-        turns = chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources)))
-        self.sequences = list(islice(pack(filter(None, turns), length), size))
+        self.sequences = list(islice(pack(_in_turns(sources, tokenizer), length), size))
         self.size = size
 
     def __len__(self) -> int:
@@ -141,14 +141,35 @@ class PackedDataset(Dataset):
         return self.sequences[index % len(self.sequences)]
 
 
+def _in_turns(sources: Sequence[DataSource], tokenizer) -> Iterator[list[int]]:
+    """Documents of several sources, one of each at a time."""
+    return filter(None, chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources))))
+
+
 def packed(field: str, sources: Sequence[DataSource], tokenizer, length: int, size: int) -> PackedDataset:
     """A `PackedDataset`, whose errors name the recipe's `field`.
 
     Raises:
         StageError: the data cannot be read or are too few.
     """
-    try:
+    with _naming(field, sources):
         return PackedDataset(sources, tokenizer, length, size)
+
+
+def token_stream(field: str, sources: Sequence[DataSource], tokenizer, tokens: int) -> torch.Tensor:
+    """[L] the first `tokens` tokens, or all there are, of documents joined as they come (several sources take turns).
+
+    Raises:
+        StageError: naming the recipe's `field`, when the data cannot be read.
+    """
+    with _naming(field, sources):
+        return torch.tensor(list(islice(chain.from_iterable(_in_turns(sources, tokenizer)), tokens)))
+
+
+@contextmanager
+def _naming(field: str, sources: Sequence[DataSource]) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, TemplateError) as error:
         names = ", ".join(source.source for source in sources)
         text = first_line(error)
