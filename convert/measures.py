@@ -195,9 +195,10 @@ def make_measures(
                 for i, depth in enumerate(DEPTHS)
             }
             add("passkey", length, partial(passkey, asking=hidden), len(DEPTHS) * PASSKEY_TRIALS, length)
+    words = probes.words_of(tokenizer, stream) if section.recall else []
     for pairs in section.recall:
         with _naming("recall"):
-            lists = [probes.recall(tokenizer, stream, pairs, seed) for seed in range(RECALL_TRIALS)]
+            lists = [probes.recall(tokenizer, words, pairs, seed) for seed in range(RECALL_TRIALS)]
             add("recall", pairs, partial(recall, asking=lists), RECALL_TRIALS, len(lists[0].ids))
     far_text = stream[: max(section.lengths)][: max(FAR_TEXT, 2 * config.reach)]
     if divides_mass(config) and len(far_text) > config.reach + config.sinks + 1:

@@ -82,21 +82,22 @@ def passkey(tokenizer, stream: Tensor, length: int, depth: float, seed: int) -> 
     return Probe(ids, asked, asked - (len(start) + before))
 
 
-def recall(tokenizer, stream: Tensor, pairs: int, seed: int) -> Probe:
+def recall(tokenizer, words: list[int], pairs: int, seed: int) -> Probe:
     """Multi-query associative recall (Arora et al., arXiv 2312.04927): lines `key: value`, given three times, each time
     in another order; asked are the values of the third time, told last in the second.
 
-    The first repetition shows that lines come again, so that not knowing this costs nothing. Keys and values are
-    distinct words of the stream, one token each.
+    The first repetition shows that lines come again, so that not knowing this costs nothing.
+
+    Args:
+        words: tokens from which keys and values are drawn, all distinct (`words_of`).
 
     Raises:
-        ValueError: the stream has too few words.
+        ValueError: there are too few words.
     """
-    known = words(tokenizer, stream)
-    if len(known) < 2 * pairs:
-        raise ValueError(f"{pairs} pairs need {2 * pairs} words of one token, the held-out text has {len(known)}")
+    if len(words) < 2 * pairs:
+        raise ValueError(f"{pairs} pairs need {2 * pairs} words of one token, the held-out text has {len(words)}")
     draw = random.Random(seed)
-    chosen = draw.sample(known, 2 * pairs)
+    chosen = draw.sample(words, 2 * pairs)
     colon, newline = _encode(tokenizer, ":"), _encode(tokenizer, "\n")
     lines = [[key, *colon, value, *newline] for key, value in zip(chosen[::2], chosen[1::2], strict=True)]
     first, second, third = (draw.sample(range(pairs), pairs) for _ in range(3))
@@ -110,7 +111,7 @@ def recall(tokenizer, stream: Tensor, pairs: int, seed: int) -> Probe:
     return Probe(ids, asked, (pairs + index - told) * size)
 
 
-def words(tokenizer, stream: Tensor) -> list[int]:
+def words_of(tokenizer, stream: Tensor) -> list[int]:
     """The tokens of a stream that are whole words of three letters or more, each once."""
     colon = _encode(tokenizer, ":")
 

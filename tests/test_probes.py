@@ -73,7 +73,7 @@ def test_passkey_that_does_not_fit(tokenizer, stream):
 
 
 def test_recall_asks_each_value_once_after_its_key(tokenizer, stream):
-    probe = probes.recall(tokenizer, stream, 8, seed=0)
+    probe = probes.recall(tokenizer, probes.words_of(tokenizer, stream), 8, seed=0)
     ids = probe.ids.tolist()
     # This tokenizer has no newlines: a line is key, colon, value.
     lines = [tuple(ids[i : i + 3]) for i in range(0, len(ids), 3)]
@@ -87,16 +87,15 @@ def test_recall_asks_each_value_once_after_its_key(tokenizer, stream):
     assert ((told >= 24) & (told < 48)).all()
 
 
-def test_recall_without_enough_words(tokenizer, stream):
-    known = len(probes.words(tokenizer, stream))
-    with pytest.raises(ValueError, match=f"100 pairs need 200 words of one token, the held-out text has {known}"):
-        probes.recall(tokenizer, stream, 100, 0)
+def test_recall_without_enough_words(tokenizer):
+    with pytest.raises(ValueError, match="8 pairs need 16 words of one token, the held-out text has 15"):
+        probes.recall(tokenizer, list(range(15)), 8, 0)
 
 
 def test_words_are_whole_words_of_the_stream(tokenizer):
     vocabulary = tokenizer.get_vocab()
     text = [vocabulary[word] for word in ("the", "of", "the", "and", "<unk>", "<eos>")]
-    assert probes.words(tokenizer, torch.tensor(text)) == [vocabulary["the"], vocabulary["and"]]
+    assert probes.words_of(tokenizer, torch.tensor(text)) == [vocabulary["the"], vocabulary["and"]]
 
 
 def test_far_repeats():
