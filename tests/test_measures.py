@@ -123,6 +123,8 @@ def test_text_by_position_and_by_repeats():
     windows = text.repeat(2)[None]
     figures = measures.text(Known(), windows, reach=15)
     assert figures["by_position"]["0-64"] == pytest.approx(300, rel=1e-5)
+    # Of 64 .. 127 the tokens up to 100 are news.
+    assert figures["by_position"]["64-128"] == pytest.approx(300 ** (37 / 64), rel=1e-5)
     assert figures["by_position"]["128-256"] == pytest.approx(1, rel=1e-5)
     # Tokens 102 .. 199 end a 3-gram that was there before; token 101 is known too, but only by a 2-gram.
     assert figures["far_share"] == pytest.approx(98 / 199)
