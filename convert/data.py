@@ -186,6 +186,16 @@ def packed(field: str, sources: Sequence[DataSource], tokenizer, length: int, si
         return PackedDataset(sources, tokenizer, length, size)
 
 
+def token_stream(field: str, sources: Sequence[DataSource], tokenizer, tokens: int) -> torch.Tensor:
+    """[L] the first `tokens` tokens, or all there are, of documents joined as they come (several sources take turns).
+
+    Raises:
+        StageError: naming the recipe's `field`, when the data cannot be read.
+    """
+    with problems_named(field, sources):
+        return torch.tensor(list(islice(chain.from_iterable(in_turns(sources, tokenizer)), tokens)))
+
+
 def check_tokenizer(tokenizer, vocab_size: int) -> None:
     """Refuses a tokenizer whose ids do not all have a row in the model's embedding.
 

@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 from linearize.convert.context import Artifact, Context
 from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
 from linearize.convert.training import train
-from linearize.layers.seam import IMPLEMENTATION
 from linearize.recipes.schema import FinetuneSection
 
 # Logits are taken to fp32 and to probabilities for so many tokens at a time: 128 MiB each with 128k words.
@@ -51,6 +50,7 @@ class NextTokenAndDistillation:
 
     def _teacher_logits(self, model, inputs):
         base = model.get_base_model()
+        student = base.config._attn_implementation
         base.set_attn_implementation("sdpa")
         model.eval()
         try:
@@ -59,21 +59,27 @@ class NextTokenAndDistillation:
             with torch.no_grad(), autocast, model.disable_adapter():
                 return base(**inputs).logits
         finally:
-            base.set_attn_implementation(IMPLEMENTATION)
+            base.set_attn_implementation(student)
             model.train()
 
 
-def run(context: Context) -> Artifact:
+def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, list[float]]:
+    """Train `model` as the recipe's section `finetune` says, into the directory of `stage`: (the model with what was
+    trained, the loss of every step)."""
     section = context.recipe.finetune
-    before = "install" if context.recipe.transfer is None else "transfer"
-    torch.manual_seed(context.recipe.seed)
-    model = prepare_finetune(model_after(context, before), section)
+    model = prepare_finetune(model, section)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
-    losses = train(context, "finetune", model, NextTokenAndDistillation(section), section, learning_rates)
+    return model, train(context, stage, model, NextTokenAndDistillation(section), section, learning_rates)
+
+
+def run(context: Context) -> Artifact:
+    before = "install" if context.recipe.transfer is None else "transfer"
+    torch.manual_seed(context.recipe.seed)
+    model, losses = tune(context, "finetune", model_after(context, before))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Artifact(context.stage_directory("finetune"), {"loss": losses, "trained_parameters": trained})

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from linearize.convert import sources
 from linearize.convert.calibrate import window_alone
 from linearize.convert.context import Context, StageError, write_atomically
-from linearize.convert.data import check_tokenizer, packed
+from linearize.convert.data import check_tokenizer, packed, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
+from linearize.convert.measures import make_measures
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.layers.attention import LinearAttention
 from linearize.layers.medusa import MedusaHeads
@@ -187,6 +188,11 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
     if (finetune := recipe.finetune) is not None:
         model = prepare_finetune(model, finetune)
         add("finetune", finetune, model)
+        if recipe.evaluate is not None and recipe.evaluate.tuned_teacher:
+            # The same without the linear layers, which the teacher has not.
+            tuned = [name for name in trainable(model) if LINEAR not in name]
+            train_only(model, lambda name: name in tuned)
+            add("tuned teacher", finetune, model)
     if recipe.medusa is not None:
         output = model.get_output_embeddings()
         if not isinstance(output, torch.nn.Linear):
@@ -223,8 +229,6 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
                 )
     if recipe.medusa is not None:
         wanted.append(("medusa.length", "heldout", recipe.medusa.length))
-    if recipe.evaluate is not None:
-        wanted.append(("evaluate.length", "heldout", recipe.evaluate.length))
     if recipe.keep is not None and recipe.keep.kv_budget is not None:
         _check_calibration(recipe, positions)
         wanted.append(("keep.length", "train", recipe.keep.length))
@@ -232,6 +236,12 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
         if positions is not None and length > positions:
             raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
         packed(f"data.{data}", getattr(recipe.data, data), tokenizer, length, 1)
+    if recipe.evaluate is not None:
+        stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
+        try:
+            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, positions)
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from error
 
 
 def _check_calibration(recipe: Recipe, positions: int | None) -> None:

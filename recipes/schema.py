@@ -251,18 +251,42 @@ class MedusaSection(Training):
     lr: LearningRate = 1e-3
 
 
+class CopyingSection(Section):
+    """Texts of `length` tokens, each said twice."""
+
+    texts: Positive = 4
+    length: Annotated[int, Field(ge=2)] = 512
+
+
 class EvaluateSection(Section):
-    """Measurements on the held-out data: `tokens` in all, in sequences of `length`."""
+    """Measurements on the held-out data.
+
+    Attributes:
+        tokens: of held-out text, from which everything is made.
+        lengths: of the windows in which perplexity is measured; models in between are measured at the first alone.
+        copying: whether a text that stood there before is predicted; None leaves it out.
+        passkey: lengths of text in which a pass key is to be found again.
+        recall: numbers of `key: value` pairs of which the values are asked.
+        tuned_teacher: measure the softmax model finetuned by the recipe's section `finetune` as well.
+    """
 
     tokens: Positive = 8192
-    length: Annotated[int, Field(ge=2)] = 1024
+    lengths: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = [1024]
+    copying: CopyingSection | None = CopyingSection()
+    passkey: list[Positive] = []
+    recall: list[Positive] = []
+    tuned_teacher: bool = False
 
-    @field_validator("length")
-    @classmethod
-    def _fits(cls, length: int, info: ValidationInfo) -> int:
-        if length > info.data.get("tokens", length):
-            raise ValueError(f"one sequence of {length} is longer than the {info.data['tokens']} tokens to measure on")
-        return length
+    @model_validator(mode="after")
+    def _fits(self) -> "EvaluateSection":
+        wanted = [(name, 1, length) for name in ("lengths", "passkey") for length in getattr(self, name)]
+        if self.copying is not None:
+            wanted.append(("copying", self.copying.texts, self.copying.length))
+        for name, count, length in wanted:
+            if count * length > self.tokens:
+                times = "" if count == 1 else f"{count} times "
+                raise ValueError(f"{name}: {times}{length} tokens are more than the {self.tokens} to measure on")
+        return self
 
 
 class ExportSection(Section):
@@ -310,3 +334,14 @@ class Recipe(Section):
         if transfer is not None and attention is not None and (why := transfer.contradiction(attention.config)):
             raise ValueError(why)
         return transfer
+
+    @field_validator("evaluate")
+    @classmethod
+    def _tunable_teacher(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
+        if evaluate is not None and evaluate.tuned_teacher and "finetune" in info.data:
+            finetune = info.data["finetune"]
+            if finetune is None:
+                raise ValueError("tuned_teacher: needs the section finetune, which says how to tune it")
+            if not finetune.next_token:
+                raise ValueError("tuned_teacher: with finetune.next_token 0 the teacher would learn from itself alone")
+        return evaluate

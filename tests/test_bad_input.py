@@ -126,6 +126,11 @@ def test_tokenizer_larger_than_the_embedding(refused, tiny_model, tmp_path):
 
 def test_lengths_beyond_the_model(refused):
     assert "transfer.length: 1024 is longer than the 512 positions" in refused("transfer.length=1024")
+    tokens = "evaluate.tokens=2048"
+    assert "evaluate.lengths: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.lengths=[1024]")
+    assert "evaluate.copying: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.copying={texts: 1}")
+    assert "evaluate.passkey: 600 tokens are more than the 512 pos" in refused(tokens, "evaluate.passkey=[600]")
+    assert "evaluate.recall: 64 pairs need 128 words of one token" in refused("evaluate.recall=[64]")
 
 
 def test_phases_beyond_the_model(refused):
@@ -230,9 +235,23 @@ def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path)
 
 
 def test_a_softmax_model_is_nothing_to_chat_with(linearize, tiny_model):
-    for verb in ("chat", "evaluate"):
-        result = linearize(verb, tiny_model)
-        assert result.code == 2 and "is not a linearized model" in result.stderr
+    result = linearize("chat", tiny_model)
+    assert result.code == 2 and "is not a linearized model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lengths", 9000], "--lengths: 9000 tokens are more than the 8192 to measure on"),
+        (["--lengths", 1024], "--lengths: 1024 tokens are more than the 512 positions that the model knows"),
+        (["--lengths", 64, "--recall", 200], "--recall: 200 pairs need 400 words of one token, the held-out text has"),
+        (["--lengths", 64, "--passkey", 10], "--passkey: 10 tokens do not hold the "),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: "),
+    ],
+)
+def test_evaluate_what_cannot_be(linearize, tiny_model, options, expected):
+    result = linearize("evaluate", tiny_model, "--copying", 0, *options)
+    assert result.code == 2 and result.stderr.startswith(f"linearize: {expected}")
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": ', "\udcff"])

@@ -44,7 +44,7 @@ data: {{train: {{source: "builtin:train"}}, heldout: {{source: "builtin:heldout"
 transfer: {training}, micro_batch_size: 1}}
 finetune: {training}, distill: 0.5}}
 medusa: {training}, heads: 2}}
-evaluate: {{tokens: 256, length: 128}}
+evaluate: {{tokens: 256, lengths: [64, 128], copying: {{texts: 2, length: 32}}, passkey: [100], recall: [4]}}
 export: {{}}
 """)
     return directory / "run", converted(linearize, recipe), recipe
@@ -55,22 +55,25 @@ def test_every_stage_finishes_and_the_table_is_shown(finished):
     assert [state(run, stage)["status"] for stage in STAGES] == ["done"] * len(STAGES)
     shown = ["teacher (softmax)", "sliding window 64 + 4 sinks, untrained", "sliding window 16 + 2 sinks, untrained"]
     shown += ["installed", "after transfer", "after finetune", "local only", "linear only", "conv off", "linear state"]
+    shown += ["a text of 32 tokens said again", "pass keys found in 100 tokens", "values recalled from 4 pairs"]
+    shown += ["perplexity by position in windows of 128", "last seen beyond", "attention beyond the window: "]
     assert all(name in printed for name in shown)
     assert not list(run.glob("*/checkpoints"))
 
 
+def perplexities(run: Path, length: int = 128) -> dict[str, float]:
+    models = state(run, "evaluate")["metrics"]["models"]
+    return {name: figures["text"][str(length)]["perplexity"] for name, figures in models.items()}
+
+
 def test_augmented_starts_as_window_and_sinks(linearize, finished, tmp_path, recipe):
     run, *_ = finished
-    measured = state(run, "evaluate")["metrics"]
-    assert measured["models"]["installed"] == pytest.approx(
-        measured["models"]["sliding window 16 + 2 sinks, untrained"], rel=1e-6
-    )
+    measured = perplexities(run, 64)
+    assert measured["installed"] == pytest.approx(measured["sliding window 16 + 2 sinks, untrained"], rel=1e-6)
     path = recipe(attention={"preset": "augmented"}, transfer=None, finetune=None, medusa=None, export=None)
     converted(linearize, path)
-    models = state(tmp_path / "run", "evaluate")["metrics"]["models"]
+    models = perplexities(tmp_path / "run")
     assert models["installed"] == pytest.approx(models["sliding window 64 + 4 sinks, untrained"], rel=1e-6)
-    assert measured["models"]["teacher (softmax)"] == pytest.approx(models["teacher (softmax)"], rel=1e-6)
-    assert measured["ablations"]["full"] == measured["models"]["after finetune"]
 
 
 def test_training_lowers_the_losses(finished):
@@ -104,11 +107,10 @@ def test_another_recipe_is_refused_and_nothing_lost(linearize, finished):
 def test_from_redoes_a_stage_and_those_after_it(linearize, tmp_path, recipe):
     path = recipe(medusa=None, finetune=None)
     converted(linearize, path)
-    before = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
+    before = perplexities(tmp_path / "run")
     converted(linearize, path, "transfer.steps=3", "--from", "transfer")
-    after = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
-    assert len(after["transfer"]["metrics"]["loss"]) == 3
-    assert before["evaluate"]["metrics"]["models"] != after["evaluate"]["metrics"]["models"]
+    assert len(state(tmp_path / "run", "transfer")["metrics"]["loss"]) == 3
+    assert before != perplexities(tmp_path / "run")
 
 
 def test_only_needs_the_stages_before(linearize, recipe):
@@ -166,7 +168,7 @@ def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, st
     assert whole == resumed
     saved = [load_file(tmp_path / name / stage / "weights.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-    results = [state(tmp_path / name, "evaluate")["metrics"]["models"] for name in ("whole", "killed")]
+    results = [perplexities(tmp_path / name) for name in ("whole", "killed")]
     assert results[0] == results[1]
 
 
@@ -246,9 +248,12 @@ def test_export_carries_what_people_look_for(finished):
     model = run / "export" / "model"
     card = (model / "README.md").read_text()
     metrics = json.loads((model / "metrics.json").read_text())
-    perplexity = metrics["evaluate"]["models"]["after finetune"]
+    measured = metrics["evaluate"]["models"]["after finetune"]
     assert "base_model: somebody/tiny" in card and "license: mit" in card
-    assert f"| after finetune | {perplexity:.2f} |" in card
+    short, long = (f"{measured['text'][length]['perplexity']:.2f}" for length in ("64", "128"))
+    sizes = {"copying": "32", "passkey": "100", "recall": "4"}
+    shares = [f"{measured[name][size]['accuracy']:.0%}" for name, size in sizes.items()]
+    assert f"| after finetune | {' | '.join([short, long, *shares])} |" in card
     names = {path.name for path in model.iterdir()}
     assert {"model.safetensors", "recipe.yaml", "generation_config.json", "medusa_heads.safetensors"} <= names
     assert not any("lora" in name for name in load_file(model / "model.safetensors"))
@@ -282,9 +287,29 @@ def test_chat_and_evaluate_on_the_export(linearize, finished):
     told = json.loads(linearize("chat", run, "--prompt", "the and of", "--max-new-tokens", 8, "--json").stdout)
     plan = json.loads((run / "plan.json").read_text())
     assert isinstance(told["reply"], str) and told["cache_bytes"] == plan["state_bytes"]
-    result = linearize("evaluate", run, "--tokens", 256, "--length", 128, "--json")
-    measured = json.loads(result.stdout)["perplexity"]
-    assert measured == pytest.approx(state(run, "evaluate")["metrics"]["ablations"], rel=1e-4)
+    options = ["--copying", 32, "--passkey", 100, "--recall", 4]
+    result = linearize("evaluate", run, "--tokens", 256, "--lengths", 64, "--lengths", 128, *options, "--json")
+    assert result.code == 0, result.stderr
+    measured, expected = json.loads(result.stdout), state(run, "evaluate")["metrics"]
+    for name, figures in {**expected["ablations"], "linearized": expected["models"]["after finetune"]}.items():
+        again = (measured["ablations"] | measured["models"])[name]
+        assert again.keys() == figures.keys()
+        for length, text in figures["text"].items():
+            # Merging the adapters rounds once more.
+            assert again["text"][length]["perplexity"] == pytest.approx(text["perplexity"], rel=1e-4)
+
+
+def test_evaluate_on_a_softmax_model(linearize, finished, tiny_model):
+    run, *_ = finished
+    options = ["--tokens", 256, "--lengths", 64, "--lengths", 128, "--copying", 0]
+    result = linearize("evaluate", tiny_model, *options, "--json")
+    assert result.code == 0, result.stderr
+    (teacher,) = json.loads(result.stdout)["models"].values()
+    expected = state(run, "evaluate")["metrics"]["models"]["teacher (softmax)"]
+    for length in ("64", "128"):
+        assert teacher["text"][length]["perplexity"] == pytest.approx(expected["text"][length]["perplexity"], rel=1e-6)
+    shown = linearize("evaluate", tiny_model, *options).stdout
+    assert f"{expected['text']['128']['perplexity']:.2f} (1.00)" in shown
 
 
 def test_check_recipes_and_env_speak_json(linearize, recipe):

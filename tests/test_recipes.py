@@ -277,7 +277,23 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         ("medusa: {steps: 1, heads: 0}\n", "7: medusa.heads: expected more than 0, got 0"),
         (
             "evaluate: {tokens: 100}\n",
-            "7: evaluate.length: one sequence of 1024 is longer than the 100 tokens to measure on",
+            "7: evaluate.lengths: 1024 tokens are more than the 100 to measure on",
+        ),
+        (
+            "evaluate: {tokens: 1024}\n",
+            "7: evaluate.copying: 4 times 512 tokens are more than the 1024 to measure on",
+        ),
+        (
+            "evaluate: {passkey: [9000]}\n",
+            "7: evaluate.passkey: 9000 tokens are more than the 8192 to measure on",
+        ),
+        (
+            "evaluate: {tuned_teacher: true}\n",
+            "7: evaluate.tuned_teacher: needs the section finetune, which says how to tune it",
+        ),
+        (
+            "finetune: {steps: 1, next_token: 0, distill: 1}\nevaluate: {tuned_teacher: true}\n",
+            "8: evaluate.tuned_teacher: with finetune.next_token 0 the teacher would learn from itself alone",
         ),
         (
             "export: {max_shard_size: large}\n",

@@ -1,0 +1,61 @@
+"""How much attention each head of a linear layer gives to what lies beyond its window."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from linearize.layers.config import LinearAttentionConfig
+from linearize.layers.tokens import near
+
+
+def divides_mass(config: LinearAttentionConfig) -> bool:
+    """Whether near and far keys of a layer share one softmax-like distribution, so that far has a share of it."""
+    return config.combine == "shared" and config.window is not None and config.feature_map is not None
+
+
+@torch.no_grad()
+def attention_weights(model: nn.Module, ids: Tensor) -> dict[int, Tensor]:
+    """layer_idx -> the weights [H, T, T] (query, key) with which the layer adds up values when `model` reads `ids` [T].
+
+    The layer itself says them: fed with one-hot values its output is its weights. The convolution is left out.
+    """
+    weights: dict[int, Tensor] = {}
+
+    def ask(index: int, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict) -> None:
+        q, k, _ = args
+        values = torch.eye(k.shape[2], device=k.device).expand(*k.shape[:2], -1, -1)
+        branches, backend = layer.branches, layer.backend
+        layer.branches, layer.backend = branches - {"conv"}, "reference"
+        # Not by a call of the layer, which would come here again.
+        weights[index] = layer.forward(q, k, values, **kwargs)[0]
+        layer.branches, layer.backend = branches, backend
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(ask, index), with_kwargs=True)
+        for index, layer in model.linear_attentions().items()
+    ]
+    try:
+        model(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return weights
+
+
+def far_mass(model: nn.Module, ids: Tensor) -> dict:
+    """The share of the attention weight on far keys, mean over the queries of `ids` [T] that have such keys.
+
+    Returns:
+        `mean` over all heads; `layers`: layer index -> one share per head.
+    """
+    position = torch.arange(len(ids))
+    layers = model.linear_attentions()
+    shares = {}
+    for index, weights in attention_weights(model, ids).items():
+        is_near = near(layers[index].config, position, position)
+        is_far = (~is_near).tril()
+        share = (weights.cpu() * is_far).sum(-1)[:, is_far.any(-1)].mean(-1)
+        shares[str(index)] = share.tolist()
+    heads = torch.tensor(sum(shares.values(), []))
+    return {"mean": heads.mean().item(), "layers": shares}
