@@ -210,7 +210,8 @@ def evaluate(
     """Measure a model on held-out data, a linearized one also without each branch; see evaluate in a recipe."""
     from pydantic import ValidationError
 
-    from linearize.recipes.schema import DataSource, EvaluateSection
+    from linearize.recipes.evaluation import EvaluateSection
+    from linearize.recipes.schema import DataSource
 
     try:
         source = DataSource(source=data)

@@ -36,7 +36,7 @@ from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
-from linearize.recipes.schema import EvaluateSection
+from linearize.recipes.evaluation import EvaluateSection
 
 RESULTS = "results.json"
 TUNED_STAGE = "evaluate/tuned_teacher"

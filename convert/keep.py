@@ -3,7 +3,7 @@
 Everywhere `kv_heads` is layer index -> key heads that the layer has; chosen heads are layer index -> heads.
 """
 
-from linearize.recipes.schema import KeepSection
+from linearize.recipes.attention import KeepSection
 
 
 def head_budget(keep: KeepSection, kv_heads: dict[int, int]) -> int:

@@ -15,7 +15,7 @@ from linearize.convert import probes
 from linearize.convert.far_mass import divides_mass, far_mass
 from linearize.convert.probes import Probe, doubling
 from linearize.layers.config import LinearAttentionConfig
-from linearize.recipes.schema import EvaluateSection
+from linearize.recipes.evaluation import EvaluateSection
 
 # Longer sequences go through the model in pieces of this many tokens, with its cache between them.
 PIECE = 2048

@@ -8,7 +8,8 @@ from linearize.convert.data import PackedDataset, packed
 from linearize.convert.models import load_weights, merged_model, train_only
 from linearize.convert.training import train
 from linearize.layers.medusa import MedusaHeads
-from linearize.recipes.schema import EvaluateSection, MedusaSection
+from linearize.recipes.evaluation import EvaluateSection
+from linearize.recipes.schema import MedusaSection
 
 
 class MedusaModel(nn.Module):

@@ -21,7 +21,8 @@ from linearize.convert.models import LINEAR, prepare_finetune, train_only, train
 from linearize.layers.attention import LinearAttention
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
-from linearize.recipes.schema import KeepSection, Recipe
+from linearize.recipes.attention import KeepSection
+from linearize.recipes.schema import Recipe
 from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)

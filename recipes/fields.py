@@ -2,13 +2,17 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0)]
+# YAML reads the name `18:` as a number; the names in a section are text.
+TextKeys = BeforeValidator(
+    lambda value: {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+)
 
 
 class Section(BaseModel):

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from linearize.layers.config import PRESETS
-from linearize.recipes.schema import Recipe, Section
+from linearize.recipes.fields import Section
+from linearize.recipes.schema import Recipe
 
 # Where each value stands: its path of keys and list indices -> line in the file, or 0 for the command line.
 Lines = dict[tuple[str | int, ...], int]
@@ -42,6 +43,15 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
     )
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Outside double quotes \x85 and the like are line breaks, which reading turns into spaces.
+    style = '"' if text.splitlines() != [text] else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -2,21 +2,13 @@
 
 import importlib.util
 import re
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.recipes.attention import AttentionSection, KeepSection
+from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
 from linearize.recipes.training import Training, TransferSection
 
@@ -78,67 +70,6 @@ class ModelSection(Section):
     tokenizer: ModelSource | None = None
     license: Text | None = None
     base_model: Text | None = None
-
-
-_attention_fields = {field.name: (field.type, field.default) for field in fields(LinearAttentionConfig)}
-
-
-class AttentionSection(create_model("_AttentionFields", __base__=Section, **_attention_fields)):
-    """A preset and what differs from it: `preset` plus any field of `LinearAttentionConfig`."""
-
-    preset: Literal[*PRESETS] = "augmented"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_from_preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        preset = value.get("preset", cls.model_fields["preset"].default)
-        known = isinstance(preset, str) and preset in PRESETS
-        return {**PRESETS[preset].to_dict(), **value} if known else value
-
-    @model_validator(mode="after")
-    def _contradictions(self) -> "AttentionSection":
-        _ = self.config
-        return self
-
-    @property
-    def config(self) -> LinearAttentionConfig:
-        """The layer's configuration, preset and overrides merged."""
-        return LinearAttentionConfig(**self.model_dump(exclude={"preset"}))
-
-
-Indices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-def _text_keys(value: Any) -> Any:
-    """YAML reads `18:` as a number; the keys of a section are text."""
-    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
-
-
-class KeepSection(Section):
-    """Key heads that stay softmax, with the query heads of their group; exactly one of the first three says which.
-
-    Attributes:
-        kv_budget: share of the model's key heads, i.e. of its KV cache, rounded down; which ones is measured.
-        layers: all heads of the layers of these indices.
-        heads: layer index -> key heads.
-        texts: texts of the training data to measure on.
-        length: tokens of each of them; they are read twice in a row.
-    """
-
-    kv_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
-    layers: Indices | None = None
-    heads: Annotated[dict[str, Indices], BeforeValidator(_text_keys), Field(min_length=1)] | None = None
-    texts: Positive = 4
-    length: Annotated[int, Field(ge=2)] = 512
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> "KeepSection":
-        given = [name for name in ("kv_budget", "layers", "heads") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of kv_budget, layers and heads, not {' and '.join(given) or 'none'}")
-        return self
 
 
 class DataSource(Section):
@@ -249,44 +180,6 @@ class MedusaSection(Training):
     projection: Literal["shared", "own"] = "shared"
     decay: Annotated[float, Field(gt=0)] = 0.8
     lr: LearningRate = 1e-3
-
-
-class CopyingSection(Section):
-    """Texts of `length` tokens, each said twice."""
-
-    texts: Positive = 4
-    length: Annotated[int, Field(ge=2)] = 512
-
-
-class EvaluateSection(Section):
-    """Measurements on the held-out data.
-
-    Attributes:
-        tokens: of held-out text, from which everything is made.
-        lengths: of the windows in which perplexity is measured; models in between are measured at the first alone.
-        copying: whether a text that stood there before is predicted; None leaves it out.
-        passkey: lengths of text in which a pass key is to be found again.
-        recall: numbers of `key: value` pairs of which the values are asked.
-        tuned_teacher: measure the softmax model finetuned by the recipe's section `finetune` as well.
-    """
-
-    tokens: Positive = 8192
-    lengths: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = [1024]
-    copying: CopyingSection | None = CopyingSection()
-    passkey: list[Positive] = []
-    recall: list[Positive] = []
-    tuned_teacher: bool = False
-
-    @model_validator(mode="after")
-    def _fits(self) -> "EvaluateSection":
-        wanted = [(name, 1, length) for name in ("lengths", "passkey") for length in getattr(self, name)]
-        if self.copying is not None:
-            wanted.append(("copying", self.copying.texts, self.copying.length))
-        for name, count, length in wanted:
-            if count * length > self.tokens:
-                times = "" if count == 1 else f"{count} times "
-                raise ValueError(f"{name}: {times}{length} tokens are more than the {self.tokens} to measure on")
-        return self
 
 
 class ExportSection(Section):

@@ -4,10 +4,10 @@ import re
 from itertools import accumulate
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from linearize.layers.config import LinearAttentionConfig
-from linearize.recipes.fields import LearningRate, Positive, Probability, Section, Weight
+from linearize.recipes.fields import LearningRate, Positive, Probability, Section, TextKeys, Weight
 
 # Attention weights are compared on so many tokens of each sequence's beginning: they are quadratic in length, and 512
 # tokens of 32 heads are 32 MiB per sequence.
@@ -149,15 +149,6 @@ def layer_range(text: str) -> range:
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
-# YAML reads the name of one layer as a number.
-LayerTrainings = Annotated[
-    dict[str, LayerTraining],
-    BeforeValidator(
-        lambda value: {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
-    ),
-]
-
-
 class TransferSection(Training):
     """Attention transfer: the new layers learn the softmax layers' outputs, everything else stays frozen.
 
@@ -171,7 +162,7 @@ class TransferSection(Training):
 
     objectives: Objectives = Objectives()
     window_dropout: Probability = 0.0
-    layers: LayerTrainings = {}
+    layers: Annotated[dict[str, LayerTraining], TextKeys] = {}
     lr: LearningRate = 1e-2
 
     @model_validator(mode="after")
@@ -206,6 +197,16 @@ class TransferSection(Training):
             return "window_dropout: this attention has no linear branch (feature_map: null)"
         if branch and attention.feature_map is None:
             return f"objectives: {branch[0]} needs a linear branch, but feature_map is null"
+        if attention.state == "delta" and attention.combine == "shared":
+            for name, active in (
+                ("window_dropout:", self.window_dropout),
+                ("objectives: linear_mse", self.objectives.linear_mse),
+            ):
+                if active:
+                    return (
+                        f"{name} takes the linear branch alone, whose mass under state: delta may be 0, so it cannot "
+                        "be the denominator; use another state, or combine: sum"
+                    )
         weights = [name for name in branch if name != "linear_mse"]
         if weights and attention.combine == "sum":
             return f"objectives: {weights[0]} needs attention weights, which combine: sum does not have; use shared"

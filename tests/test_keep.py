@@ -11,7 +11,7 @@ from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores, 
 from linearize.convert.keep import head_budget, heads_by_layer
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
-from linearize.recipes.schema import KeepSection
+from linearize.recipes.attention import KeepSection
 
 from .families import VOCAB, tiny_model
 

@@ -12,7 +12,7 @@ from linearize.convert.measures import make_measures, score
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
 from linearize.layers.tokens import near
-from linearize.recipes.schema import EvaluateSection
+from linearize.recipes.evaluation import EvaluateSection
 
 CONFIG = LinearAttentionConfig(window_size=16, sinks=2, conv_taps=4, slack=8)
 # fp32; pieces and batches sum in another order.

@@ -115,7 +115,9 @@ def test_round_trip(tmp_path_factory, name, alpha, preset):
     assert load_recipe(str(path)) == recipe
 
 
-@pytest.mark.parametrize("name", ["1e-2", "1e5", "null", "yes", "12", "a: b", "ü"])
+@pytest.mark.parametrize(
+    "name", ["1e-2", "1e5", "null", "yes", "12", "a: b", "ü", " ", "\\x85", "a\\u2028b", "a\\n\\nb\\n"]
+)
 def test_names_that_look_like_something_else_round_trip(recipe, name):
     loaded = load_recipe(recipe(), [f'name="{name}"'])
     assert load_recipe(recipe(base=dump_recipe(loaded))) == loaded
@@ -238,6 +240,16 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         (
             "attention: {preset: swa, conv_taps: 4}\ntransfer: {steps: 1, window_dropout: 0.5}\n",
             "8: transfer.window_dropout: this attention has no linear branch (feature_map: null)",
+        ),
+        (
+            "attention: {state: delta}\ntransfer: {steps: 1, window_dropout: 0.5}\n",
+            "8: transfer.window_dropout: takes the linear branch alone, whose mass under state: delta may be 0, so it "
+            "cannot be the denominator; use another state, or combine: sum",
+        ),
+        (
+            "attention: {state: delta}\ntransfer: {steps: 1, objectives: {linear_mse: 1}}\n",
+            "8: transfer.objectives: linear_mse takes the linear branch alone, whose mass under state: delta may be "
+            "0, so it cannot be the denominator; use another state, or combine: sum",
         ),
         (
             "transfer:\n  steps: 9\n  layers:\n    0-3: {lr: 1e-3}\n    3: {steps: 2}\n",
