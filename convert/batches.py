@@ -1,7 +1,7 @@
 """What a training stage reads at each step: whole micro batches, each a function of the seed and its number alone."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -31,42 +31,64 @@ def repeat_a_part(input_ids: Tensor, choice: random.Random) -> Tensor:
     return repeated
 
 
+def read_evenly(sources: Sequence[Iterator[list[int]]], tokens: int) -> list[Tensor]:
+    """Whole documents of `tokens` tokens in all: an equal share of each source, more of the others where one has less.
+
+    The next document comes from the source of which the fewest tokens were read, so a source whose documents are long
+    does not crowd out the rest.
+    """
+    documents, read, left = [], [0] * len(sources), list(range(len(sources)))
+    while left:
+        behind = min(left, key=read.__getitem__)
+        if sum(read) >= tokens and read[behind] * len(sources) >= tokens:
+            break
+        document = next(sources[behind], None)
+        if document is None:
+            left.remove(behind)
+        else:
+            documents.append(torch.tensor(document))
+            read[behind] += len(document)
+    return documents
+
+
 class TrainingBatches(Dataset):
     """The micro batches of a stage, in order: item i is the same on every run, so training resumes exactly.
 
-    Sequences are cut one after the other from the documents (see `data.pack`), of the length that the phase of the
-    step asks for. Where there are too few tokens, they repeat.
+    Sequences are cut from the documents one after the other (see `data.pack`), of the length of the longest phase,
+    and shuffled: a book would otherwise be read from cover to cover, and what the stage does not need be the last
+    source. Shorter phases cut them further. Where there are too few tokens, they repeat.
 
     Items have `input_ids`, `position_ids` and `labels`, each [sequences, length].
 
     Args:
-        documents: token ids of each; no more of them are read than the stage needs.
+        sources: token ids of each source's documents; no more of them are read than the stage needs.
         section: of the stage.
-        seed: of recall and position offsets.
+        seed: of the order, recall and position offsets.
         processes: that share each step, each taking `section.batch_size` sequences.
 
     Raises:
         ValueError: there are fewer tokens than one sequence needs.
     """
 
-    def __init__(self, documents: Iterable[list[int]], section: Training, seed: int, processes: int = 1):
+    def __init__(self, sources: Sequence[Iterator[list[int]]], section: Training, seed: int, processes: int = 1):
         self.section, self.seed = section, seed
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass * processes
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
-        wanted = self.ends[-1] * section.tokens_per_pass
-        read, starts, total = [], [], 0
-        for document in documents:
-            read.append(torch.tensor(document))
-            starts.append(total)
-            total += len(document)
-            if total >= wanted:
-                break
-        longest = max(length for _, length in section.phases)
+        documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)
+        total, longest = sum(map(len, documents)), max(length for _, length in section.phases)
         if total < longest:
             raise ValueError(f"the data has {total} tokens, but one sequence needs {longest}")
-        self.ids = torch.cat(read)
-        self.starts = torch.zeros(total, dtype=torch.bool)
-        self.starts[starts] = True
+        count = total // longest
+        order = draws(seed, "order", 0).sample(range(count), count)
+
+        def shuffled(x: Tensor) -> Tensor:
+            return x[: count * longest].view(count, longest)[order].flatten()
+
+        starts = torch.zeros(total, dtype=torch.bool)
+        starts[[0, *accumulate(map(len, documents[:-1]))]] = True
+        starts[::longest] = True
+        self.ids = shuffled(torch.cat(documents))
+        self.starts = shuffled(starts)
 
     def __len__(self) -> int:
         return self.ends[-1]

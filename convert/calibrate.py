@@ -8,7 +8,7 @@ Heads work in chains, so what one adds to a model without the others says little
 heads copy 512 tokens with accuracy .60 chosen so, .62 by attention alone, .88 by what windowing them loses).
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from linearize.convert.context import StageError
 from linearize.convert.keep import heads_by_layer
+from linearize.convert.measures import score
 from linearize.convert.progress import TokenProgress
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.config import LinearAttentionConfig, window_alone
 from linearize.layers.seam import attention_modules, head_shapes, install
 
 Head = tuple[int, int]
@@ -81,20 +82,9 @@ def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
 def copy_loss(model: nn.Module, texts: Tensor) -> Loss:
     """`Loss` of a model on `texts` [N, 2 L], each one said twice."""
     length = texts.shape[1] // 2
-    losses = []
-    for text in texts:
-        with torch.no_grad():
-            logits = model(input_ids=text[None], use_cache=False).logits[0, :-1]
-        losses.append(nn.functional.cross_entropy(logits.float(), text[1:], reduction="none"))
-    nats = torch.stack(losses)
+    nats, _ = score(model, texts)
     # Nothing announces the second half's first token.
     return Loss(nats[:, : length - 1].mean().item(), nats[:, length:].mean().item())
-
-
-def window_alone(config: LinearAttentionConfig) -> LinearAttentionConfig:
-    """The near branch of `config` and nothing else; the published window where it has none."""
-    own = config if config.window is not None else PRESETS["swa"]
-    return replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)
 
 
 @dataclass(frozen=True)

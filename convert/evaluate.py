@@ -17,7 +17,6 @@ first and the last are measured on `text` of the first length alone, ablations o
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from linearize.convert.measures import Measure, make_measures
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
 from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
 from linearize.recipes.evaluation import EvaluateSection
 
@@ -122,9 +121,7 @@ def tuned_teacher(context: Context) -> nn.Module:
 
 def baselines(own: LinearAttentionConfig) -> dict[str, LinearAttentionConfig]:
     """Name -> window + sinks alone: the published baseline, and last the one at this recipe's own window."""
-    configs = [PRESETS["swa"]]
-    if own.window is not None:
-        configs.append(replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks))
+    configs = (PRESETS["swa"], window_alone(own))
     return {f"{c.window} window {c.window_size} + {c.sinks} sinks, untrained": c for c in configs}
 
 

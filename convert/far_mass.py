@@ -53,9 +53,11 @@ def far_mass(model: nn.Module, ids: Tensor) -> dict:
     layers = model.linear_attentions()
     shares = {}
     for index, weights in attention_weights(model, ids).items():
-        is_near = near(layers[index].config, position, position)
-        is_far = (~is_near).tril()
-        share = (weights.cpu() * is_far).sum(-1)[:, is_far.any(-1)].mean(-1)
+        is_near = near(layers[index].config, position, position).tril()
+        has_far = is_near.sum(-1) <= position
+        # What the near keys leave: the weights of far keys alone need not sum to it under the delta rule, whose far
+        # mass is bounded from below.
+        share = 1 - (weights.cpu() * is_near).sum(-1)[:, has_far].mean(-1)
         shares[str(index)] = share.tolist()
     heads = torch.tensor(sum(shares.values(), []))
     return {"mean": heads.mean().item(), "layers": shares}

@@ -29,7 +29,9 @@ class NextTokenAndDistillation:
         logits = model(**inputs).logits
         # The logits of the last token have no label.
         labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        teacher = self._teacher_logits(model, inputs) if self.section.distill else logits.detach()
+        # The wrapper of a distributed launch has no adapters to switch off.
+        unwrapped = getattr(model, "module", model)
+        teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else logits.detach()
         # Split, not sliced: the gradient of each slice would be as large as all logits.
         chunks = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher)), strict=True)
         summed = sum(

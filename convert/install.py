@@ -9,8 +9,8 @@ from linearize.convert.calibrate import Calibration, calibrate
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import packed
 from linearize.convert.keep import head_budget
-from linearize.convert.models import KEPT, LINEAR, kept_heads, save_weights, softmax_model, stages_of
-from linearize.layers.seam import head_shapes
+from linearize.convert.models import KEPT, LINEAR, kept_heads, save_weights, softmax_model
+from linearize.layers.seam import head_shapes, install
 
 
 def run(context: Context) -> Artifact:
@@ -22,7 +22,7 @@ def run(context: Context) -> Artifact:
         write_atomically(directory / KEPT, json.dumps(measured.to_dict(), indent=2) + "\n")
         context.console.print(measured.table())
     torch.manual_seed(context.recipe.seed)
-    *_, (_, model) = stages_of(context, model, "install")
+    install(model, context.recipe.attention.config, kept_heads(context, model))
     weights = {name: value for name, value in model.named_parameters() if LINEAR in name}
     if weights:
         save_weights(weights, directory)

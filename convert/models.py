@@ -52,6 +52,9 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
     """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it, up
     to stage `last`."""
     install(model, context.recipe.attention.config, kept_heads(context, model))
+    # There are none where the layers have no parameters.
+    if (context.stage_directory("install") / WEIGHTS).is_file():
+        load_weights(model, context.stage_directory("install"))
     yield "install", model
     for stage in ("transfer", "finetune"):
         section = getattr(context.recipe, stage)

@@ -12,13 +12,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
-from linearize.convert.calibrate import window_alone
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, packed, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.layers.attention import LinearAttention
+from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
 from linearize.recipes.attention import KeepSection

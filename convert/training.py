@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 
 from linearize.convert.batches import TrainingBatches
 from linearize.convert.context import Context, StageError
-from linearize.convert.data import in_turns, problems_named
+from linearize.convert.data import documents, problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
 from linearize.recipes.training import Training
@@ -154,7 +154,8 @@ def train(
         raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
     sources, seed = context.recipe.data.train, context.recipe.seed
     with problems_named("data.train", sources):
-        data = TrainingBatches(in_turns(sources, context.tokenizer), section, seed, arguments.world_size)
+        read = [documents(source, context.tokenizer) for source in sources]
+        data = TrainingBatches(read, section, seed, arguments.world_size)
     trainer = StageTrainer(
         objective,
         learning_rates or {},

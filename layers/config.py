@@ -1,6 +1,6 @@
 """What one augmented linear attention layer is: its configuration and the named presets."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 FeatureMapName = Literal[
@@ -107,3 +107,9 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
     "swa": LinearAttentionConfig(feature_map=None, conv_taps=0),
 }
+
+
+def window_alone(config: LinearAttentionConfig) -> LinearAttentionConfig:
+    """The near branch of `config` and nothing else; the published window where it has none."""
+    own = config if config.window is not None else PRESETS["swa"]
+    return replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)

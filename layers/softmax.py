@@ -9,13 +9,14 @@ from .tokens import PADDING, Tokens
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over visible keys: [B, H, T, D_v].
+    """softmax(scale q k^T) v over visible keys: [B, H, T, D_v] in the dtype of v.
 
     Args:
         q: [B, H, T, D]; k: [B, H_kv, K, D]; v: [B, H_kv, K, D_v].
         visible: [B, T, K] (see `tokens.visible_keys`), or None for one unpadded document of T = K tokens.
     """
     groups = q.shape[1] // k.shape[1]
+    q, k = q.to(v.dtype), k.to(v.dtype)
     # Not enable_gqa: with a mask the fused kernels refuse it, and what remains keeps all T x K scores.
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     mask = None if visible is None else visible[:, None]

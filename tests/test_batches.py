@@ -1,19 +1,21 @@
 """Training data: micro batches that are functions of the seed and their number."""
 
 import random
+from collections import Counter
+from itertools import count
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearize.convert.batches import TrainingBatches, repeat_a_part
+from linearize.convert.batches import TrainingBatches, read_evenly, repeat_a_part
 from linearize.convert.data import pack
 from linearize.recipes.training import Training
 
 
 def batches(documents, seed=0, processes=1, **section):
-    return TrainingBatches(iter(documents), Training(**{"lr": 1.0, **section}), seed, processes)
+    return TrainingBatches([iter(documents)], Training(**{"lr": 1.0, **section}), seed, processes)
 
 
 def corpus(*sizes):
@@ -32,7 +34,7 @@ def same(a, b):
     steps=st.integers(1, 4),
     micro=st.sampled_from([None, 1, 2]),
 )
-def test_without_a_curriculum_they_are_the_packed_sequences_over_and_over(sizes, length, steps, micro):
+def test_without_a_curriculum_they_are_the_packed_sequences_shuffled_over_and_over(sizes, length, steps, micro):
     section = {"length": length, "steps": steps, "batch_size": 2, "micro_batch_size": micro}
     if sum(sizes) < length:
         with pytest.raises(ValueError, match=f"^the data has {sum(sizes)} tokens, but one sequence needs {length}$"):
@@ -42,14 +44,22 @@ def test_without_a_curriculum_they_are_the_packed_sequences_over_and_over(sizes,
     data = batches(corpus(*sizes), **section)
     rows = [{name: x[row] for name, x in data[i].items()} for i in range(len(data)) for row in range(micro or 2)]
     assert len(rows) == steps * 2
-    assert all(same(row, sequences[i % len(sequences)]) for i, row in enumerate(rows))
+    # Tokens are all different, so the first one tells the sequence.
+    place = {sequence["input_ids"][0].item(): i for i, sequence in enumerate(sequences)}
+    order = [place[row["input_ids"][0].item()] for row in rows]
+    assert all(same(row, sequences[i]) for row, i in zip(rows, order, strict=True))
+    assert len(set(order[: len(sequences)])) == min(len(sequences), len(rows))
+    assert all(again == before for again, before in zip(order[len(sequences) :], order, strict=False))
 
 
 def test_a_curriculum_reads_on_with_the_same_tokens_per_step():
     phases = [{"length": 4, "share": 0.5}, {"length": 16, "share": 0.25}, {"length": 8, "share": 0.25}]
-    data = batches(corpus(300), steps=8, batch_size=4, micro_batch_size=2, length=8, curriculum=phases)
+    data = batches(corpus(256), steps=8, batch_size=4, micro_batch_size=2, length=8, curriculum=phases)
     assert [tuple(item["input_ids"].shape) for item in data] == [(4, 4)] * 8 + [(1, 16)] * 4 + [(2, 8)] * 4
-    assert torch.cat([item["input_ids"].flatten() for item in data]).tolist() == list(range(8 * 32))
+    read = torch.cat([item["input_ids"].flatten() for item in data])
+    assert sorted(read.tolist()) == list(range(8 * 32))
+    # Shorter sequences are cut from shuffled ones of the longest phase.
+    assert all(torch.equal(x, x[0] + torch.arange(16)) and x[0] % 16 == 0 for x in read.split(16))
     assert all((item["position_ids"][:, 0] == 0).all() and (item["labels"][:, 0] == -100).all() for item in data)
 
 
@@ -66,8 +76,39 @@ def test_no_more_is_read_than_the_stage_needs():
             yield [1, 2, 3]
 
     assert len(batches(endless(), steps=3, batch_size=2, length=4)) == 3
+    numbers = count()
+    assert len(read_evenly([([next(numbers)] for _ in range(100))], 5)) == 5 and next(numbers) == 5
     with pytest.raises(IndexError):
         batches(endless(), steps=3, batch_size=2, length=4)[3]
+
+
+def test_sources_give_equal_shares_of_whole_documents():
+    def source(name, *sizes):
+        return iter([[name] * size for size in sizes])
+
+    def shares(*sources, tokens):
+        return dict(Counter(torch.cat(read_evenly(sources, tokens)).tolist()))
+
+    # A book is one document; the others still give their share.
+    assert shares(source(0, 90), source(1, *[10] * 9), source(2, *[2] * 40), tokens=60) == {0: 90, 1: 20, 2: 20}
+    # What one lacks comes from the others.
+    assert shares(source(0, 5), source(1, *[10] * 9), tokens=60) == {0: 5, 1: 60}
+    assert shares(source(0, 5), source(1, 10), tokens=60) == {0: 5, 1: 10}
+
+
+def test_sequences_come_from_everywhere_in_an_order_of_the_seed():
+    books = corpus(4000, 4000)
+    section = Training(lr=1.0, steps=20, batch_size=2, length=16)
+
+    def first_tokens(seed):
+        data = TrainingBatches([iter([book]) for book in books], section, seed)
+        return [row[0].item() for item in data for row in item["input_ids"]]
+
+    read = first_tokens(0)
+    assert read == first_tokens(0) != first_tokens(1)
+    assert len(set(read)) == 40 and read != sorted(read)
+    # 40 sequences fall on the 8 parts at random: a part left out has odds of 1 : 26.
+    assert len({token // 1000 for token in read}) >= 7
 
 
 def test_processes_share_the_steps():

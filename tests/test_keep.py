@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores, window_alone
+from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores
 from linearize.convert.keep import head_budget, heads_by_layer
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
 from linearize.recipes.attention import KeepSection
 
