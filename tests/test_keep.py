@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from linearize.convert import calibrate as calibration
 from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores
 from linearize.convert.keep import head_budget, heads_by_layer
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
@@ -36,7 +37,9 @@ def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
         assert score == pytest.approx(max(mass) / 38, rel=1e-4)
 
 
-def test_calibration_keeps_the_head_that_is_missed_most():
+@pytest.mark.parametrize("affordable", [3, 4])
+def test_calibration_keeps_the_head_that_is_missed_most(monkeypatch, affordable):
+    monkeypatch.setattr(calibration, "AFFORDABLE", affordable)
     texts = said_twice(2, 20)
     measured = calibrate(tiny_model("llama"), CONFIG, texts, 1, Console(quiet=True))
     model = tiny_model("llama")
@@ -44,11 +47,19 @@ def test_calibration_keeps_the_head_that_is_missed_most():
     def loss(*heads):
         return copy_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts)
 
-    a, b, c = sorted(measured.retrieval, key=measured.retrieval.get)[1:]
-    everything = loss(a, b, c).total
-    cost = {a: loss(b, c).total - everything, b: loss(a, c).total - everything, c: loss(a, b).total - everything}
+    def costs(heads):
+        return {head: loss(*(heads - {head})).total - loss(*heads).total for head in heads}
+
+    heads = set(measured.retrieval)
+    if affordable == 4:
+        cost = costs(heads)
+        left_out = min(cost, key=cost.get)
+    else:
+        cost, left_out = {}, min(measured.retrieval, key=measured.retrieval.get)
+    cost |= costs(heads - {left_out})
     # Differences of single-precision sums near 5.
     assert measured.cost == pytest.approx(cost, abs=1e-5)
+    cost.pop(left_out, None)
     assert measured.kept == [max(cost, key=cost.get)]
     assert (measured.before, measured.after) == (loss(), loss(*measured.kept))
 
