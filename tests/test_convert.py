@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.convert.context import STAGES
+from linearize.convert.context import STAGES, Context
+from linearize.convert.models import model_after, save_weights
+from linearize.recipes.loader import load_recipe
 
 # Puts the package out of reach, as on a machine that never had it.
 WITHOUT_LINEARIZE = "import sys; sys.modules['linearize'] = None\n"
@@ -381,6 +384,18 @@ def test_full_finetune(linearize, recipe, tmp_path):
     path = recipe(medusa=None, transfer=None)
     converted(linearize, path, "finetune.method=full", "finetune.gradient_checkpointing=true")
     assert "model.embed_tokens.weight" in load_file(tmp_path / "run" / "finetune" / "weights.safetensors")
+
+
+def test_stages_begin_from_what_install_saved(linearize, recipe, tmp_path):
+    path = recipe()
+    for stage in ("load", "install"):
+        assert linearize("convert", path, "--only", stage).code == 0
+    context = Context(load_recipe(str(path)), tmp_path / "run", Console(quiet=True))
+    directory = context.stage_directory("install")
+    other = {name: value + 1 for name, value in load_file(directory / "weights.safetensors").items()}
+    save_weights(other, directory)
+    parameters = dict(model_after(context, "install").named_parameters())
+    assert other and all(torch.equal(parameters[name], value) for name, value in other.items())
 
 
 def test_half_precision_keeps_masters_in_fp32(linearize, recipe, tmp_path):

@@ -20,6 +20,7 @@ from .layers import (
     HEADS,
     KV_HEADS,
     SCALE,
+    STATES,
     VALUE_DIM,
     Sequence,
     assert_same_memory,
@@ -50,10 +51,12 @@ def softmax(x):
 
 
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["one document", "padded and packed"])
+@pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("kept", [(0,), (1,), (0, 1)])
-def test_kept_heads_are_softmax_and_the_others_what_they_were(kept, segments):
+def test_kept_heads_are_softmax_and_the_others_what_they_were(kept, state, segments):
     x = Sequence.random(2, 90, segments=segments)
-    linear, hybrid = make_layer(CONFIG), make_layer(CONFIG, kept=kept)
+    config = replace(CONFIG, state=state, far_weight="query")
+    linear, hybrid = make_layer(config), make_layer(config, kept=kept)
     heads = [head for head in range(HEADS) if head // GROUPS not in kept]
     kv_heads = [head for head in range(KV_HEADS) if head not in kept]
     whole = dict(linear.named_parameters())
@@ -145,6 +148,11 @@ def test_accepted_nodes_alone_are_remembered():
 # Whole models: grouped heads, as many key heads as query heads and no rotary embedding, norms of q and k.
 KEPT = {"llama": {1: (0,)}, "gpt2": {0: (1, 3), 1: (0, 1, 2, 3)}, "qwen3": {0: (0, 1), 1: (1,)}}
 FAMILY_CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
+FAMILY_STATE = {"llama": "additive", "gpt2": "decay", "qwen3": "delta"}
+
+
+def family_config(family):
+    return replace(FAMILY_CONFIG, state=FAMILY_STATE[family])
 
 
 @pytest.fixture(scope="module", params=KEPT)
@@ -154,14 +162,14 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def hybrid(family):
-    return randomize(install(tiny_model(family), FAMILY_CONFIG, KEPT[family]))
+    return randomize(install(tiny_model(family), family_config(family), KEPT[family]))
 
 
 def test_cached_decode_equals_full_forward(hybrid, family):
     ids = text(2, 36)
     full = logits(hybrid, ids)
     assert model_error(cached_logits(hybrid, ids), full) < TOLERANCE
-    linear = randomize(install(tiny_model(family), FAMILY_CONFIG))
+    linear = randomize(install(tiny_model(family), family_config(family)))
     assert model_error(logits(linear, ids), full) > 1e-2, "keeping heads changes nothing"
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from linearize.convert import objectives
 from linearize.convert.models import LINEAR, train_only
-from linearize.convert.objectives import FAR_FLOOR, OBJECTIVES, SMOOTHING, far_mass, weights_kl
+from linearize.convert.objectives import FAR_FLOOR, OBJECTIVES, SMOOTHING, far_mass, output_mse, weights_kl
 from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, Task
 from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS, LinearAttentionConfig
@@ -30,14 +30,14 @@ LOLCATS = replace(PRESETS["lolcats"], window_size=8)
 LENGTH = 96
 
 
-def converted(config=CONFIG, base=None):
+def converted(config=CONFIG, base=None, kept=None):
     torch.manual_seed(0)
     model = base or LlamaForCausalLM(LlamaConfig(**SMALL))
     # Sharper than random weights are, so that what is near and far differs.
     for name, parameter in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             parameter.data *= 10
-    install(model.eval(), config)
+    install(model.eval(), config, kept)
     train_only(model, lambda name: LINEAR in name)
     model.set_attn_implementation(IMPLEMENTATION)
     return model
@@ -203,6 +203,18 @@ def test_objectives_add_up():
     }
     together = transfer(model, TransferSection(steps=1, objectives=weights), data)
     torch.testing.assert_close(together, sum(weight * alone[name] for name, weight in weights.items()))
+
+
+@pytest.mark.parametrize("state", ["additive", "decay", "delta"])
+def test_kept_heads_have_no_error_in_any_precision(examples, state):
+    """A layer of kept heads alone, beside one of both kinds that still learns: bf16 keeps 8 bits."""
+    config = replace(CONFIG, state=state)
+    model = converted(config, kept={0: (0, 1), 1: (1,)}).to(torch.bfloat16)
+    whole, half = examples(model, batch())
+    for objective in (output_mse, weights_kl, far_mass):
+        assert objective(whole) < 1e-3 < objective(half), objective.__name__
+    student, teacher = half.weights.student[:, 2:], half.weights.teacher[:, 2:]
+    torch.testing.assert_close(student, teacher, rtol=0.02, atol=1e-4)
 
 
 def test_window_dropout_falls_to_nothing_and_is_repeatable():

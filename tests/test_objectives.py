@@ -61,6 +61,27 @@ def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
     assert objective.loss(model, batch, 1, 0).item() > 0.01
 
 
+class Wrapper(nn.Module):
+    """A model as distributed launches wrap it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_distillation_under_a_wrapper(batch):
+    section = FinetuneSection(steps=1, distill=1.0)
+    model = prepare_finetune(install(llama(), LinearAttentionConfig(window_size=4, sinks=1)), section).train()
+    # Dropout would not be the same twice.
+    for module in model.modules():
+        module.attention_dropout = 0.0
+    losses = [NextTokenAndDistillation(section).loss(each, batch, 1, 0) for each in (model, Wrapper(model))]
+    assert torch.equal(*losses)
+
+
 def gradients(loss, model):
     """The loss, and the gradient of every trainable parameter."""
     model.zero_grad()

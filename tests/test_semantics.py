@@ -192,7 +192,7 @@ def draw_config(draw, window, feature_maps, norms=("sum", "count", "rms", "none"
         state=draw(st.sampled_from(states)),
         combine=combine,
         norm=norm,
-        far_weight=draw(st.sampled_from(["one", "learned"])),
+        far_weight=draw(st.sampled_from(["one", "learned", "query"])),
         conv_taps=draw(st.integers(0, 5)),
         slack=draw(st.integers(0, 6)),
     )
