@@ -47,17 +47,21 @@ def far_mass(model: nn.Module, ids: Tensor) -> dict:
     """The share of the attention weight on far keys, mean over the queries of `ids` [T] that have such keys.
 
     Returns:
-        `mean` over all heads; `layers`: layer index -> one share per head.
+        `mean` over all linear heads; `layers`: layer index -> one share per head, None of those that stay softmax.
     """
     position = torch.arange(len(ids))
     layers = model.linear_attentions()
     shares = {}
     for index, weights in attention_weights(model, ids).items():
-        is_near = near(layers[index].config, position, position).tril()
+        layer = layers[index]
+        is_near = near(layer.config, position, position).tril()
         has_far = is_near.sum(-1) <= position
         # What the near keys leave: the weights of far keys alone need not sum to it under the delta rule, whose far
         # mass is bounded from below.
         share = 1 - (weights.cpu() * is_near).sum(-1)[:, has_far].mean(-1)
-        shares[str(index)] = share.tolist()
-    heads = torch.tensor(sum(shares.values(), []))
-    return {"mean": heads.mean().item(), "layers": shares}
+        groups = len(share) // (layer.kv_heads + len(layer.kept))
+        shares[str(index)] = [
+            None if head // groups in layer.kept else value for head, value in enumerate(share.tolist())
+        ]
+    linear = [value for row in shares.values() for value in row if value is not None]
+    return {"mean": sum(linear) / len(linear), "layers": shares}

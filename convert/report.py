@@ -61,7 +61,12 @@ def _tables(results: dict) -> Iterator[RenderableType]:
         title = f"values recalled from {size} pairs, by distance in tokens"
         yield _measure(results, "recall", size, title, lambda it: _shares(it["accuracy"], it["by_distance"]))
     for share in everything.get("far_mass", {}).values():
-        heads = [(value, f"{layer}.{head}") for layer, row in share["layers"].items() for head, value in enumerate(row)]
+        heads = [
+            (value, f"{layer}.{head}")
+            for layer, row in share["layers"].items()
+            for head, value in enumerate(row)
+            if value is not None
+        ]
         top = ", ".join(f"{name} {value:.1%}" for value, name in nlargest(TOP_HEADS, heads))
         yield f"attention beyond the window: {share['mean']:.1%} on average; most in (layer.head) {top}"
 

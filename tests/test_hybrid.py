@@ -145,6 +145,15 @@ def test_accepted_nodes_alone_are_remembered():
     assert_same_memory(row_of(cache, 0), row_of(alone, 0))
 
 
+def test_a_tree_behind_nothing_leaves_other_sequences_where_they_are():
+    """Tokens of equal shape share their places; depths in a tree are its own."""
+    layer, x = make_layer(CONFIG, kept=(0,)), Sequence.random(2, 3)
+    expected = run(layer, x)
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    run(layer, x, cache=LinearCacheLayer(CONFIG), ancestors=fork)
+    assert torch.equal(run(layer, x), expected)
+
+
 # Whole models: grouped heads, as many key heads as query heads and no rotary embedding, norms of q and k.
 KEPT = {"llama": {1: (0,)}, "gpt2": {0: (1, 3), 1: (0, 1, 2, 3)}, "qwen3": {0: (0, 1), 1: (1,)}}
 FAMILY_CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)

@@ -25,9 +25,9 @@ def model(tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
 
 
-def linear(model, config=CONFIG):
+def linear(model, config=CONFIG, kept=None):
     """`model` linearized, with weights with which every branch contributes."""
-    install(model, config)
+    install(model, config, kept)
     generator = torch.Generator().manual_seed(0)
     for layer in model.linear_attentions().values():
         for name, parameter in layer.named_parameters():
@@ -245,6 +245,14 @@ def test_far_mass(model):
         torch.testing.assert_close(torch.tensor(measured["layers"][str(index)]), expected, **CLOSE)
         assert ((expected > 0.01) & (expected < 1)).all()
     assert measured["mean"] == pytest.approx(torch.tensor(list(measured["layers"].values())).mean().item())
+
+
+def test_far_mass_leaves_out_heads_that_stay_softmax(model):
+    ids = random_ids(1, 80)[0]
+    measured = far_mass(linear(model, kept={0: (1,), 1: (0, 1)}), ids)
+    first, second = measured["layers"]["0"], measured["layers"]["1"]
+    assert first[2:] == [None] * 2 and second == [None] * 4
+    assert measured["mean"] == pytest.approx(sum(first[:2]) / 2)
 
 
 def test_far_mass_of_the_delta_rule_is_never_negative(model):
