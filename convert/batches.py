@@ -55,8 +55,8 @@ class TrainingBatches(Dataset):
     """The micro batches of a stage, in order: item i is the same on every run, so training resumes exactly.
 
     Sequences are cut from the documents one after the other (see `data.pack`), of the length of the longest phase,
-    and shuffled: a book would otherwise be read from cover to cover, and what the stage does not need be the last
-    source. Shorter phases cut them further. Where there are too few tokens, they repeat.
+    and shuffled: a book would otherwise be read from cover to cover, and a stage that needs less would not get to the
+    last one. Shorter phases cut them further. Where there are too few tokens, they repeat.
 
     Items have `input_ids`, `position_ids` and `labels`, each [sequences, length].
 
