@@ -77,7 +77,7 @@ def convert(
         save_plan(plan, context.directory)
         run(context, todo, start)
     if (context.state("evaluate") or {}).get("status") == "done":
-        from linearize.convert.evaluate import results_table
+        from linearize.convert.report import results_table
 
         console.print(results_table(context.state("evaluate")["metrics"]))
     show_memory(load_plan(context.directory), console)
@@ -125,7 +125,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
     console.print(table)
 
 
-def _exported(directory: Path) -> Path:
+def _model_directory(directory: Path) -> Path:
     """The exported model in a run's directory, or the directory itself.
 
     Raises:
@@ -137,10 +137,13 @@ def _exported(directory: Path) -> Path:
     raise BadInput(f"{directory}: holds no exported model; run linearize convert, or name a model's directory")
 
 
-def _load_exported(directory: Path):
-    path = _exported(directory)
-    if "linear_attention" not in json_module.loads((path / "config.json").read_text("utf-8")):
-        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+def _is_linear(path: Path) -> bool:
+    return "linear_attention" in json_module.loads((path / "config.json").read_text("utf-8"))
+
+
+def _load(path: Path):
+    """Model and tokenizer of a model's directory; code is run from linearized ones alone."""
+    linear = _is_linear(path)
     _quieten()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,8 +152,8 @@ def _load_exported(directory: Path):
 
     try:
         check_weights(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=linear)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=linear).eval()
     except READ_ERRORS as error:
         raise BadInput(f"{path}: cannot be loaded: {first_line(error)}") from error
     return model.cuda() if torch.cuda.is_available() else model, tokenizer
@@ -166,7 +169,10 @@ def chat(
     """Talk to an exported model; greedy, streamed."""
     from linearize.convert.chat import reply
 
-    loaded, tokenizer = _load_exported(model)
+    path = _model_directory(model)
+    if not _is_linear(path):
+        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+    loaded, tokenizer = _load(path)
     messages = []
     while True:
         if prompt is None:
@@ -184,44 +190,57 @@ def chat(
         if json:
             print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))
         else:
-            console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, whatever the length)[/dim]")
+            length = "so far" if getattr(loaded.config, "kept_heads", None) else "whatever the length"
+            console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, {length})[/dim]")
         if prompt is not None:
             return
 
 
 @app.command()
 def evaluate(
-    model: Model,
+    model: Annotated[Path, typer.Argument(help="An exported model, the directory of a run, or a softmax model's.")],
     data: Annotated[str, typer.Option(help="builtin:heldout, a local file or a dataset's Hub id.")] = "builtin:heldout",
-    tokens: Annotated[int, typer.Option(min=2)] = 8192,
-    length: Annotated[int, typer.Option(min=2)] = 1024,
+    tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 8192,
+    lengths: Annotated[list[int] | None, typer.Option(min=2, help="Of the windows, 1024; may be repeated.")] = None,
+    copying: Annotated[int, typer.Option(min=0, help="Tokens of a text said again; 0: none.")] = 512,
+    passkey: Annotated[list[int] | None, typer.Option(min=1, help="Tokens around a pass key; likewise.")] = None,
+    recall: Annotated[list[int] | None, typer.Option(min=1, help="Number of key: value pairs; likewise.")] = None,
     json: Json = False,
 ):
-    """Perplexity of an exported model on held-out data, with and without each branch."""
+    """Measure a model on held-out data, a linearized one also without each branch; see evaluate in a recipe."""
     from pydantic import ValidationError
 
+    from linearize.recipes.evaluation import EvaluateSection
     from linearize.recipes.schema import DataSource
 
-    if length > tokens:
-        raise BadInput(f"--length {length}: is longer than the {tokens} tokens to measure on")
     try:
         source = DataSource(source=data)
     except ValidationError as error:
         raise BadInput(f"--data {data}: {error.errors()[0]['msg']}") from None
-    loaded, tokenizer = _load_exported(model)
-    from linearize.convert.data import packed
-    from linearize.convert.evaluate import ablate
+    try:
+        section = EvaluateSection(
+            tokens=tokens,
+            lengths=lengths or [1024],
+            copying={"length": copying} if copying else None,
+            passkey=passkey or [],
+            recall=recall or [],
+        )
+    except ValidationError as error:
+        raise BadInput(f"--{error.errors()[0]['ctx']['error']}") from None
+    loaded, tokenizer = _load(_model_directory(model))
+    from linearize.convert.data import token_stream
+    from linearize.convert.evaluate import evaluate_model
+    from linearize.convert.report import results_table
 
-    sequences = packed("--data", [source], tokenizer, length, tokens // length)
-    tokens = len(sequences.sequences) * length
-    results = dict(ablate(loaded, sequences))
+    stream = token_stream("--data", [source], tokenizer, tokens)
+    try:
+        results = evaluate_model(loaded, tokenizer, stream, section, Console(stderr=True) if json else console)
+    except ValueError as error:
+        raise BadInput(f"--{error}") from error
     if json:
-        print(json_module.dumps({"tokens": tokens, "length": length, "perplexity": results}))
-        return
-    table = Table("branches", "perplexity", title=f"{data}, {tokens} tokens")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.2f}")
-    console.print(table)
+        print(json_module.dumps(results, indent=2))
+    else:
+        console.print(results_table(results))
 
 
 @app.command()

@@ -20,7 +20,7 @@ from linearize.recipes.schema import Recipe, package_file
 # Which parts of a recipe each stage reads, besides what it gets from the stages before it.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "load": ("model.source", "model.revision", "model.dtype", "model.tokenizer"),
-    "install": ("attention",),
+    "install": ("attention", "keep"),
     "transfer": ("transfer", "data.train", "seed"),
     "finetune": ("finetune", "data.train", "seed"),
     "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
@@ -89,7 +89,10 @@ class Context:
         stages before it, and the local files that these name."""
         names = self.stages()
         upto = names[: names.index(stage) + 1]
-        parts = {name: [_part(self.recipe.model_dump(), path) for path in STAGE_INPUTS[name]] for name in upto}
+        inputs = {name: STAGE_INPUTS[name] for name in upto}
+        if "install" in inputs and self.recipe.keep is not None and self.recipe.keep.kv_budget is not None:
+            inputs["install"] += ("data.train",)
+        parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):
             status = os.stat(file)

@@ -1,6 +1,7 @@
 """From text and chat data to packed sequences of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
@@ -79,36 +80,56 @@ def _messages(value: list[dict], source: DataSource, tokenizer) -> list[dict]:
     return [{"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
 
 
+def with_labels(input_ids: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A packed sequence of tokens.
+
+    Args:
+        input_ids: [length]; starts: [length] bool, True at every document's first token. What a sequence begins with
+            is a document of its own, whether or not it is the beginning of one.
+
+    Returns:
+        `input_ids`; `position_ids` [length], which start at 0 with every document; `labels` [length], the input ids
+        except -100 at every document's first token, which nothing of the same document predicts.
+    """
+    index = torch.arange(len(input_ids))
+    position_ids = index - torch.where(starts, index, 0).cummax(0).values
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "labels": input_ids.masked_fill(position_ids == 0, -100),
+    }
+
+
 def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Sequences of `length` tokens, filled with one document after the other.
+    """Sequences of `length` tokens, filled with one document after the other (see `with_labels`).
 
     A document that a sequence's end cuts goes on in the next sequence as a document of its own. What does not fill
     the last sequence is dropped.
 
-    Yields:
-        `input_ids` [length]; `position_ids` [length], which start at 0 with every document; `labels` [length], the
-        input ids except -100 at every document's first token, which nothing of the same document predicts.
-
     Raises:
         ValueError: there are fewer than `length` tokens in all.
     """
-    ids, positions = [], []
+    ids, starts = [], []
     full = False
     for document in documents:
-        start = 0
-        while start < len(document):
-            piece = document[start : start + length - len(ids)]
-            start += len(piece)
+        begin = 0
+        while begin < len(document):
+            piece = document[begin : begin + length - len(ids)]
+            begin += len(piece)
             ids += piece
-            positions += range(len(piece))
+            starts += [True] + [False] * (len(piece) - 1)
             if len(ids) == length:
                 full = True
-                input_ids, position_ids = torch.tensor(ids), torch.tensor(positions)
-                labels = input_ids.masked_fill(position_ids == 0, -100)
-                yield {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-                ids, positions = [], []
+                yield with_labels(torch.tensor(ids), torch.tensor(starts))
+                ids, starts = [], []
     if not full:
         raise ValueError(f"the data has {len(ids)} tokens, but one sequence needs {length}")
+
+
+def in_turns(sources: Sequence[DataSource], tokenizer) -> Iterator[list[int]]:
+    """Token ids of the documents of several sources, which take turns."""
+    turns = chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources)))
+    return filter(None, turns)
 
 
 class PackedDataset(Dataset):
@@ -128,8 +149,7 @@ class PackedDataset(Dataset):
     """
 
     def __init__(self, sources: Sequence[DataSource], tokenizer, length: int, size: int):
-        turns = chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources)))
-        self.sequences = list(islice(pack(filter(None, turns), length), size))
+        self.sequences = list(islice(pack(in_turns(sources, tokenizer), length), size))
         self.size = size
 
     def __len__(self) -> int:
@@ -141,18 +161,39 @@ class PackedDataset(Dataset):
         return self.sequences[index % len(self.sequences)]
 
 
+@contextmanager
+def problems_named(field: str, sources: Sequence[DataSource]) -> Iterator[None]:
+    """What goes wrong with data inside is told by the recipe's `field`.
+
+    Raises:
+        StageError: the data cannot be read or are too few.
+    """
+    try:
+        yield
+    except (ValueError, OSError, TemplateError) as error:
+        names = ", ".join(source.source for source in sources)
+        text = first_line(error)
+        raise StageError(f"{field}: {text if names in text else f'{names}: {text}'}") from error
+
+
 def packed(field: str, sources: Sequence[DataSource], tokenizer, length: int, size: int) -> PackedDataset:
     """A `PackedDataset`, whose errors name the recipe's `field`.
 
     Raises:
         StageError: the data cannot be read or are too few.
     """
-    try:
+    with problems_named(field, sources):
         return PackedDataset(sources, tokenizer, length, size)
-    except (ValueError, OSError, TemplateError) as error:
-        names = ", ".join(source.source for source in sources)
-        text = first_line(error)
-        raise StageError(f"{field}: {text if names in text else f'{names}: {text}'}") from error
+
+
+def token_stream(field: str, sources: Sequence[DataSource], tokenizer, tokens: int) -> torch.Tensor:
+    """[L] the first `tokens` tokens, or all there are, of documents joined as they come (several sources take turns).
+
+    Raises:
+        StageError: naming the recipe's `field`, when the data cannot be read.
+    """
+    with problems_named(field, sources):
+        return torch.tensor(list(islice(chain.from_iterable(in_turns(sources, tokenizer)), tokens)))
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:

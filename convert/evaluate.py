@@ -1,109 +1,188 @@
-"""Stage evaluate: held-out perplexity of the teacher, the baseline, each stage, and the model without each branch."""
+"""Stage evaluate: the teacher, the baselines, each stage's model, and the final one without each branch, measured.
+
+`results.json` (and the stage's metrics) hold, where sizes are numbers as text:
+
+    tokens      window length -> held-out tokens measured at it
+    models      model -> measure -> size -> figures
+    ablations   the same, of the final model without some of its branches
+
+    text        size: window length -> `measures.text`       copying     size: length of a text -> `measures.copying`
+    passkey     size: length -> `measures.passkey`           recall      size: number of pairs -> `measures.recall`
+    far_mass    size: length of the text -> `far_mass.far_mass`, of the final model where its heads divide their mass
+
+The file is written after every measurement, and an interrupted stage goes on behind the last one. Models between the
+first and the last are measured on `text` of the first length alone, ablations on `text` and `copying`.
+"""
 
 import json
-import math
-from collections.abc import Iterator
-from dataclasses import replace
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 
 import torch
-from rich.table import Table
-from torch import nn
+from peft import PeftModel
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.convert.context import Artifact, Context, write_atomically
-from linearize.convert.data import PackedDataset, packed
-from linearize.convert.models import softmax_model, stages_of
+from linearize.convert.data import token_stream
+from linearize.convert.finetune import tune
+from linearize.convert.measures import Measure, make_measures
+from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
 from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
-from linearize.layers.config import PRESETS
+from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
+from linearize.recipes.evaluation import EvaluateSection
 
 RESULTS = "results.json"
+TUNED_STAGE = "evaluate/tuned_teacher"
+TEACHER = "teacher (softmax)"
+TUNED_TEACHER = "teacher (softmax), finetuned alike"
 NAMES = {"install": "installed", "transfer": "after transfer", "finetune": "after finetune"}
 ABLATIONS = {
-    "full": BRANCHES,
     "local only": frozenset({"local"}),
     "linear only": frozenset({"linear"}),
     "conv off": BRANCHES - {"conv"},
 }
+# (group, model) as in the results -> what is measured on it.
+Schedule = dict[tuple[str, str], list[Measure]]
 
 
-def batches(data: PackedDataset, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """The sequences that there are, each once, as batches of one."""
-    for sequence in data.sequences:
-        yield {name: value[None].to(device) for name, value in sequence.items()}
-
-
-def perplexity(model: nn.Module, data: PackedDataset) -> float:
-    """exp of the mean negative log-likelihood of the next token, over all tokens with a label."""
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in batches(data, device):
-        with torch.no_grad():
-            logits = model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits[0, :-1]
-        labels = batch["labels"][0, 1:]
-        total += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-        count += (labels != -100).sum().item()
-    return math.exp(total / count)
-
-
-def ablate(model: nn.Module, data: PackedDataset) -> Iterator[tuple[str, float]]:
-    """Perplexity of a linearized model with all branches and without some, by the names of `ABLATIONS`."""
+def ablations(model: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module]]:
+    """A linearized model without some of its branches, by the names of `ABLATIONS`."""
     # By name: a loaded export brings its own copies of these classes.
     layers = model.linear_attentions().values()
     for name, branches in ABLATIONS.items():
         for layer in layers:
             layer.branches = branches
-        yield name, perplexity(model, data)
+        yield ("ablations", name), model
     for layer in layers:
         layer.branches = BRANCHES
 
 
-def results_table(results: dict) -> Table:
-    """What `run` measured, for people."""
-    tokens, length = results["tokens"], results["length"]
-    table = Table(title=f"held-out perplexity, {tokens} tokens in sequences of {length}", title_justify="left")
-    table.add_column("model")
-    table.add_column("perplexity", justify="right")
-    table.add_column("x teacher", justify="right")
-    for group in ("models", "ablations"):
-        for name, value in results[group].items():
-            table.add_row(name, f"{value:.2f}", f"{value / results['models']['teacher (softmax)']:.2f}")
-        table.add_section()
-    return table
+def final_schedule(name: str, measures: list[Measure]) -> Schedule:
+    """Everything for the final model, and for its ablations what shows the difference cheaply."""
+    ablated = [measure for measure in measures if measure.name in ("text", "copying")]
+    return {("models", name): measures} | {("ablations", ablation): ablated for ablation in ABLATIONS}
+
+
+def measure_all(
+    models: Iterable[tuple[tuple[str, str], nn.Module]], schedule: Schedule, console: Console, path: Path | None = None
+) -> dict:
+    """Results as at the top of this file, of models in turn; what `path` holds already is not measured again.
+
+    Args:
+        models: the keys of `schedule`, each with a model in evaluation mode, made when it is asked for.
+    """
+    results = {"tokens": {}, "models": {}, "ablations": {}}
+    for (group, name), measures in schedule.items():
+        results[group][name] = {}
+        results["tokens"] |= {measure.size: measure.tokens for measure in measures if measure.name == "text"}
+    if path is not None and path.is_file():
+        results = json.loads(path.read_text("utf-8"))
+    total = sum(measure.tokens for measures in schedule.values() for measure in measures)
+    completed = 0
+    with TokenProgress(console, total, 1) as bar:
+        for (group, name), model in models:
+            figures = results[group][name]
+            for measure in schedule[group, name]:
+                if measure.size not in figures.get(measure.name, {}):
+                    bar.show(completed, f"{name}: {measure.name} {measure.size}")
+                    figures.setdefault(measure.name, {})[measure.size] = measure.run(model)
+                    if path is not None:
+                        write_atomically(path, json.dumps(results, indent=2) + "\n")
+                completed += measure.tokens
+            # The next one may be a second copy, or need the memory to be trained.
+            del model
+        bar.show(total, "measured")
+    return results
+
+
+def train_tuned_teacher(context: Context) -> None:
+    """Finetune the softmax model by the recipe's section `finetune`, where that has not been done."""
+    directory = context.stage_directory(TUNED_STAGE)
+    if not (directory / WEIGHTS).is_file():
+        torch.manual_seed(context.recipe.seed)
+        tune(context, TUNED_STAGE, softmax_model(context))
+        shutil.rmtree(directory / "checkpoints")
+
+
+def tuned_teacher(context: Context) -> nn.Module:
+    """What `train_tuned_teacher` made."""
+    model, section = softmax_model(context), context.recipe.finetune
+    if section.method == "lora":
+        model = with_adapters(model, section)
+    load_weights(model, context.stage_directory(TUNED_STAGE))
+    return model.to(context.device).eval()
+
+
+def baselines(own: LinearAttentionConfig) -> dict[str, LinearAttentionConfig]:
+    """Name -> window + sinks alone: the published baseline, and last the one at this recipe's own window."""
+    configs = (PRESETS["swa"], window_alone(own))
+    return {f"{c.window} window {c.window_size} + {c.sinks} sinks, untrained": c for c in configs}
+
+
+def _schedule(context: Context, measures: list[Measure]) -> Schedule:
+    recipe = context.recipe
+    everything = [measure for measure in measures if measure.name != "far_mass"]
+    schedule = {("models", TEACHER): everything}
+    if recipe.evaluate.tuned_teacher:
+        schedule["models", TUNED_TEACHER] = everything
+    *published, own = baselines(recipe.attention.config)
+    schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
+    *before, last = [name for stage, name in NAMES.items() if stage in context.stages()]
+    schedule |= {("models", name): measures[:1] for name in before}
+    return schedule | final_schedule(last, measures)
+
+
+def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
+    if context.recipe.evaluate.tuned_teacher:
+        yield ("models", TUNED_TEACHER), tuned_teacher(context)
+    model = softmax_model(context).to(context.device)
+    yield ("models", TEACHER), model
+    for name, config in baselines(context.recipe.attention.config).items():
+        yield ("models", name), install(model, config)
+    for stage, converted in stages_of(context, model):
+        # PEFT calls the model's forward past the hook that makes its cache.
+        model = converted.get_base_model() if isinstance(converted, PeftModel) else converted
+        yield ("models", NAMES[stage]), model
+    yield from ablations(model)
 
 
 def run(context: Context) -> Artifact:
-    section = context.recipe.evaluate
-    data = packed(
-        "data.heldout", context.recipe.data.heldout, context.tokenizer, section.length, section.tokens // section.length
-    )
-    tokens = len(data.sequences) * section.length
-    results = {"tokens": tokens, "length": section.length, "models": {}, "ablations": {}}
-    model = softmax_model(context).to(context.device)
-    # The published baseline, and the same at this recipe's own window.
-    own = context.recipe.attention.config
-    baselines = [PRESETS["swa"]]
-    if own.window is not None:
-        same_window = replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)
-        baselines += [same_window] if same_window not in baselines else []
-    trained = sum(stage in context.stages() for stage in ("transfer", "finetune"))
-    variants = 2 + len(baselines) + trained + len(ABLATIONS)
-    with TokenProgress(context.console, variants, tokens) as bar:
-
-        def measured(group: str, name: str, value: float) -> None:
-            results[group][name] = value
-            bar.show(len(results["models"]) + len(results["ablations"]), f"{name} {value:.2f}")
-
-        measured("models", "teacher (softmax)", perplexity(model, data))
-        for config in baselines:
-            name = f"{config.window} window {config.window_size} + {config.sinks} sinks, untrained"
-            measured("models", name, perplexity(install(model, config), data))
-        for stage, converted in stages_of(context, model):
-            measured("models", NAMES[stage], perplexity(converted, data))
-        for name, value in ablate(converted, data):
-            measured("ablations", name, value)
+    recipe = context.recipe
+    stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
+    # The plan has refused what the model's positions do not allow.
+    measures = make_measures(recipe.evaluate, stream, context.tokenizer, recipe.attention.config)
+    if recipe.evaluate.tuned_teacher:
+        train_tuned_teacher(context)
     directory = context.stage_directory("evaluate")
-    write_atomically(directory / RESULTS, json.dumps(results, indent=2) + "\n")
+    results = measure_all(_models(context), _schedule(context, measures), context.console, directory / RESULTS)
     return Artifact(directory, results)
+
+
+def evaluate_model(
+    model: PreTrainedModel, tokenizer, stream: Tensor, section: EvaluateSection, console: Console
+) -> dict:
+    """Results of one model by itself, as at the top of this file: a softmax model as the teacher, a linearized one as
+    the final model with its ablations.
+
+    Args:
+        stream: [L] held-out tokens.
+
+    Raises:
+        ValueError: naming the field of the section that asks for what the model or the held-out text cannot give.
+    """
+    linear = getattr(model, "linear_attentions", dict)()
+    config = next(iter(linear.values())).config if linear else PRESETS["swa"]
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    measures = make_measures(section, stream, tokenizer, config, positions)
+    if linear:
+        name = "linearized"
+        models = chain([(("models", name), model)], ablations(model))
+        return measure_all(models, final_schedule(name, measures), console)
+    key = ("models", TEACHER)
+    return measure_all([(key, model)], {key: measures}, console)

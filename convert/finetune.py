@@ -2,12 +2,15 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from linearize.convert.context import Artifact, Context
-from linearize.convert.models import model_after, prepare_finetune
+from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
 from linearize.convert.training import train
-from linearize.layers.seam import IMPLEMENTATION
 from linearize.recipes.schema import FinetuneSection
+
+# Logits are taken to fp32 and to probabilities for so many tokens at a time: 128 MiB each with 128k words.
+TOKENS_AT_ONCE = 256
 
 
 class NextTokenAndDistillation:
@@ -21,47 +24,64 @@ class NextTokenAndDistillation:
     def __init__(self, section: FinetuneSection):
         self.section = section
 
-    def loss(self, model, batch, accumulation):
+    def loss(self, model, batch, accumulation, step):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        logits = model(**inputs).logits
         # The logits of the last token have no label.
-        logits = model(**inputs).logits[:, :-1].flatten(0, 1)
-        labels = batch["labels"][:, 1:].flatten()
-        loss = logits.new_zeros((), dtype=torch.float32)
-        if self.section.next_token:
-            loss = loss + self.section.next_token * nn.functional.cross_entropy(logits.float(), labels)
+        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        # The wrapper of a distributed launch has no adapters to switch off.
+        unwrapped = getattr(model, "module", model)
+        teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else logits.detach()
+        # Split, not sliced: the gradient of each slice would be as large as all logits.
+        chunks = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher)), strict=True)
+        summed = sum(
+            checkpoint(self._summed, chunk, teaching, label, use_reentrant=False, preserve_rng_state=False)
+            for (chunk, teaching), label in zip(chunks, labels.flatten().split(TOKENS_AT_ONCE), strict=True)
+        )
+        return summed / (labels != -100).sum().clamp(min=1)
+
+    def _summed(self, logits, teacher, labels):
+        """The loss summed over tokens that have a label; logits [N, V], labels [N]."""
+        student = logits.float().log_softmax(-1)
+        loss = self.section.next_token * nn.functional.nll_loss(student, labels, reduction="sum")
         if self.section.distill:
-            teacher = self._teacher_logits(model, inputs)[:, :-1].flatten(0, 1)
-            learned = labels != -100
-            divergence = nn.functional.kl_div(
-                logits[learned].float().log_softmax(-1),
-                teacher[learned].float().log_softmax(-1),
-                reduction="batchmean",
-                log_target=True,
-            )
-            loss = loss + self.section.distill * divergence
+            teacher = teacher.float().log_softmax(-1)
+            divergence = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+            loss = loss + self.section.distill * divergence[labels != -100].sum()
         return loss
 
     def _teacher_logits(self, model, inputs):
         base = model.get_base_model()
+        student = base.config._attn_implementation
         base.set_attn_implementation("sdpa")
         model.eval()
         try:
-            with torch.no_grad(), model.disable_adapter():
-                return model(**inputs).logits
+            # Under the trainer's precision, but without its copy of the logits in fp32.
+            autocast = torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.section.bf16)
+            with torch.no_grad(), autocast, model.disable_adapter():
+                return base(**inputs).logits
         finally:
-            base.set_attn_implementation(IMPLEMENTATION)
+            base.set_attn_implementation(student)
             model.train()
 
 
-def run(context: Context) -> Artifact:
+def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, list[float]]:
+    """Train `model` as the recipe's section `finetune` says, into the directory of `stage`: (the model with what was
+    trained, the loss of every step)."""
     section = context.recipe.finetune
-    before = "install" if context.recipe.transfer is None else "transfer"
-    torch.manual_seed(context.recipe.seed)
-    model = prepare_finetune(model_after(context, before), section)
+    model = prepare_finetune(model, section)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.
         model.enable_input_require_grads()
-    losses = train(context, "finetune", model, NextTokenAndDistillation(section), section)
+    attention_lr = section.attention_lr or section.lr
+    learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
+    return model, train(context, stage, model, NextTokenAndDistillation(section), section, learning_rates)
+
+
+def run(context: Context) -> Artifact:
+    before = "install" if context.recipe.transfer is None else "transfer"
+    torch.manual_seed(context.recipe.seed)
+    model, losses = tune(context, "finetune", model_after(context, before))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Artifact(context.stage_directory("finetune"), {"loss": losses, "trained_parameters": trained})

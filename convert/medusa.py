@@ -5,11 +5,11 @@ from torch import nn
 
 from linearize.convert.context import Artifact, Context
 from linearize.convert.data import PackedDataset, packed
-from linearize.convert.evaluate import batches
 from linearize.convert.models import load_weights, merged_model, train_only
 from linearize.convert.training import train
 from linearize.layers.medusa import MedusaHeads
-from linearize.recipes.schema import EvaluateSection, MedusaSection
+from linearize.recipes.evaluation import EvaluateSection
+from linearize.recipes.schema import MedusaSection
 
 
 class MedusaModel(nn.Module):
@@ -51,7 +51,7 @@ class WeightedHeads:
     def __init__(self, decay: float):
         self.decay = decay
 
-    def loss(self, model, batch, accumulation):
+    def loss(self, model, batch, accumulation, step):
         losses = [nn.functional.cross_entropy(logits.float(), labels) for logits, labels in model(batch)]
         return sum(self.decay**i * loss for i, loss in enumerate(losses))
 
@@ -60,7 +60,8 @@ def head_accuracy(model: MedusaModel, data: PackedDataset, device: torch.device)
     """Per head the share of held-out tokens that are its first, or among its first five, guesses."""
     count = len(model.heads.blocks)
     hits, total = torch.zeros(count, 2), torch.zeros(count, 1)
-    for batch in batches(data, device):
+    for sequence in data.sequences:
+        batch = {name: value[None].to(device) for name, value in sequence.items()}
         with torch.no_grad():
             for i, (logits, labels) in enumerate(model(batch)):
                 counted = labels != -100

@@ -1,5 +1,6 @@
 """The model as each stage leaves it: one model in memory, brought forward stage by stage."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel
 
 from linearize.convert import sources
 from linearize.convert.context import STAGES, Context, StageError
-from linearize.layers.seam import install
+from linearize.convert.keep import named_heads
+from linearize.layers.seam import head_shapes, install
 from linearize.recipes.schema import FinetuneSection
 
 WEIGHTS = "weights.safetensors"
+KEPT = "kept.json"
 LINEAR = ".linear_attention."
 
 
@@ -48,7 +51,10 @@ def merged_model(context: Context) -> PreTrainedModel:
 def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") -> Iterator[tuple[str, nn.Module]]:
     """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it, up
     to stage `last`."""
-    install(model, context.recipe.attention.config)
+    install(model, context.recipe.attention.config, kept_heads(context, model))
+    # There are none where the layers have no parameters.
+    if (context.stage_directory("install") / WEIGHTS).is_file():
+        load_weights(model, context.stage_directory("install"))
     yield "install", model
     for stage in ("transfer", "finetune"):
         section = getattr(context.recipe, stage)
@@ -64,6 +70,19 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
             model = with_adapters(model, section)
         load_weights(model, context.stage_directory(stage))
         yield stage, model.eval()
+
+
+def kept_heads(context: Context, model: PreTrainedModel) -> dict[int, tuple[int, ...]]:
+    """layer -> key heads that stay softmax: those that the recipe names, or that stage install has measured."""
+    keep = context.recipe.keep
+    if keep is None:
+        return {}
+    if keep.kv_budget is None:
+        return named_heads(keep, {layer: kv_heads for layer, (_, kv_heads, _) in head_shapes(model).items()})
+    path = context.stage_directory("install") / KEPT
+    if not path.is_file():
+        raise StageError(f"{path}: is gone; --from install makes it again")
+    return {int(layer): tuple(heads) for layer, heads in json.loads(path.read_text("utf-8"))["kept"].items()}
 
 
 def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel:

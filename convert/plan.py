@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
 from linearize.convert.context import Context, StageError, write_atomically
-from linearize.convert.data import check_tokenizer, packed
+from linearize.convert.data import check_tokenizer, packed, token_stream
+from linearize.convert.keep import head_budget, heads_by_layer, named_heads
+from linearize.convert.measures import make_measures
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.layers.attention import LinearAttention
+from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shape, install, is_rotary
-from linearize.recipes.schema import Recipe, Training
+from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
+from linearize.recipes.attention import KeepSection
+from linearize.recipes.schema import Recipe
+from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -40,7 +46,9 @@ class Plan:
 
     Attributes:
         kv_bytes: context length -> bytes of the softmax model's KV cache, one sequence.
-        state_bytes: bytes of the linear cache, one sequence, any length.
+        kept_heads: key heads that stay softmax, in all layers.
+        kept_bytes: bytes that their cache grows by with every token.
+        state_bytes: bytes of the linear heads' cache, one sequence, any length.
         memory: weights, gradients and optimizer of the largest stage, activations left out.
         disk: stage directories and the exported model.
     """
@@ -53,6 +61,8 @@ class Plan:
     features: int
     parameters: int
     stages: list[StagePlan]
+    kept_heads: int
+    kept_bytes: int
     state_bytes: int
     kv_bytes: dict[int, int]
     memory: int
@@ -60,7 +70,7 @@ class Plan:
 
 
 def state_bytes(layer: LinearAttention, rotary: bool, item: int) -> int:
-    """Bytes of one layer's cache for one sequence; `item` is the size of a key's number."""
+    """Bytes of the linear heads' cache of one layer for one sequence; `item` is the size of a key's number."""
     config = layer.config
     # k and v, and k before its rotation where the feature map wants that.
     rows = 3 if rotary and layer.features and config.rope == "before" else 2
@@ -97,12 +107,13 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise ValueError(
             f"model.source: {type(config).__name__} is not the configuration of a causal language model"
         ) from error
-    modules = attention_modules(model)
+    modules, shapes = attention_modules(model), head_shapes(model)
     text = config.get_text_config(decoder=True)
-    heads, kv_heads, head_dim = head_shape(next(iter(modules.values())), text)
+    heads, kv_heads, head_dim = next(iter(shapes.values()))
+    kept = _planned_heads(recipe.keep, {layer: kv_heads for layer, (_, kv_heads, _) in shapes.items()})
     parameters = sum(p.numel() for p in model.parameters())
     try:
-        install(model, recipe.attention.config)
+        install(model, recipe.attention.config, kept)
     except ValueError as error:
         raise ValueError(f"attention.{error}") from error
     if source.gguf is None and Path(source.path).is_dir():
@@ -120,6 +131,10 @@ def _make_plan(recipe: Recipe) -> Plan:
 
     if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
+    if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
+        configuration = json.loads(Path(recipe.finetune.deepspeed).expanduser().read_text("utf-8"))
+        if "optimizer" in configuration:
+            raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)
@@ -133,15 +148,27 @@ def _make_plan(recipe: Recipe) -> Plan:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        features=next(iter(layers.values())).features,
+        features=max(layer.features for layer in layers.values()),
         parameters=parameters,
         stages=stages,
+        kept_heads=sum(map(len, kept.values())),
+        kept_bytes=sum(len(chosen) * 2 * shapes[layer][2] * item for layer, chosen in kept.items()),
         state_bytes=held,
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
         disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
     )
+
+
+def _planned_heads(keep: KeepSection | None, kv_heads: dict[int, int]) -> dict[int, tuple[int, ...]]:
+    if keep is None:
+        return {}
+    if keep.kv_budget is None:
+        return named_heads(keep, kv_heads)
+    # Which heads is measured later; for what they cost, the first so many stand for them.
+    every = [(layer, head) for layer, count in kv_heads.items() for head in range(count)]
+    return heads_by_layer(every[: head_budget(keep, kv_heads)])
 
 
 def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
@@ -157,10 +184,16 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
             raise ValueError(
                 f"transfer: attention preset {recipe.attention.preset} has nothing to train; set transfer: null"
             )
+        _check_layers(recipe.transfer, model.linear_attentions())
         add("transfer", recipe.transfer, model)
     if (finetune := recipe.finetune) is not None:
         model = prepare_finetune(model, finetune)
         add("finetune", finetune, model)
+        if recipe.evaluate is not None and recipe.evaluate.tuned_teacher:
+            # The same without the linear layers, which the teacher has not.
+            tuned = [name for name in trainable(model) if LINEAR not in name]
+            train_only(model, lambda name: name in tuned)
+            add("tuned teacher", finetune, model)
     if recipe.medusa is not None:
         output = model.get_output_embeddings()
         if not isinstance(output, torch.nn.Linear):
@@ -170,19 +203,57 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
     return stages
 
 
+def _check_layers(section: TransferSection, layers: Collection[int]) -> None:
+    for text in section.layers:
+        named = layer_range(text)
+        if named[-1] > max(layers) or not set(named) & set(layers):
+            raise ValueError(
+                f"transfer.layers: {text} is not among this model's attention layers, which are {min(layers)} to "
+                f"{max(layers)}"
+            )
+    last = max(section.layer(index)[1] for index in layers)
+    if last < section.steps:
+        raise ValueError(f"transfer.layers: every layer stops by step {last}, so {section.steps} steps are too many")
+
+
 def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
     wanted = []
     for stage in ("transfer", "finetune", "medusa"):
         if (section := getattr(recipe, stage)) is not None:
-            wanted.append((stage, "train", section.length))
+            field = f"{stage}.curriculum" if section.curriculum else f"{stage}.length"
+            wanted += [(field, "train", length) for _, length in section.phases]
+            longest = max(length for _, length in section.phases)
+            if positions is not None and longest <= positions < longest + section.position_offset:
+                raise ValueError(
+                    f"{stage}.position_offset: {section.position_offset} and a length of {longest} are more than the "
+                    f"{positions} positions that the model knows"
+                )
     if recipe.medusa is not None:
-        wanted.append(("medusa", "heldout", recipe.medusa.length))
-    if recipe.evaluate is not None:
-        wanted.append(("evaluate", "heldout", recipe.evaluate.length))
-    for stage, data, length in wanted:
+        wanted.append(("medusa.length", "heldout", recipe.medusa.length))
+    if recipe.keep is not None and recipe.keep.kv_budget is not None:
+        _check_calibration(recipe, positions)
+        wanted.append(("keep.length", "train", recipe.keep.length))
+    for field, data, length in wanted:
         if positions is not None and length > positions:
-            raise ValueError(f"{stage}.length: {length} is longer than the {positions} positions that the model knows")
+            raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
         packed(f"data.{data}", getattr(recipe.data, data), tokenizer, length, 1)
+    if recipe.evaluate is not None:
+        stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
+        try:
+            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, positions)
+        except ValueError as error:
+            raise ValueError(f"evaluate.{error}") from error
+
+
+def _check_calibration(recipe: Recipe, positions: int | None) -> None:
+    length, window = recipe.keep.length, window_alone(recipe.attention.config)
+    if positions is not None and 2 * length > positions:
+        raise ValueError(f"keep.length: {length} tokens twice are longer than the {positions} positions of the model")
+    if length <= window.reach + 1:
+        raise ValueError(
+            f"keep.length: a text of {length} tokens is repeated within the window, where every head sees it; "
+            f"use more than {window.reach + 1}"
+        )
 
 
 def save_plan(plan: Plan, directory: Path) -> None:
@@ -203,6 +274,11 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"[bold]{plan.model}[/bold]: {_count(plan.parameters)} parameters, {plan.layers} attention layers, "
         f"{plan.heads} query and {plan.kv_heads} key heads of {plan.head_dim}, {plan.features} features"
     )
+    if plan.kept_heads:
+        total = plan.layers * plan.kv_heads
+        console.print(
+            f"{plan.kept_heads} of {total} key heads stay softmax: {plan.kept_heads / total:.1%} of the KV cache"
+        )
     table = Table()
     for name in ("stage", "steps", "tokens", "trained", "share"):
         table.add_column(name, justify="left" if name == "stage" else "right")
@@ -214,14 +290,15 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def show_memory(plan: Plan, console: Console) -> None:
-    """The linear state beside the KV cache that it replaces."""
+    """The linear cache, kept heads included, beside the KV cache that it replaces."""
     table = Table()
     table.add_column("context")
     table.add_column("KV cache", justify="right")
-    table.add_column("linear state", justify="right")
+    table.add_column("linear state + kept heads" if plan.kept_heads else "linear state", justify="right")
     table.add_column("ratio", justify="right")
     for length, size in plan.kv_bytes.items():
-        table.add_row(f"{length // 1024}k", _size(size), _size(plan.state_bytes), f"{size / plan.state_bytes:.1f}")
+        held = plan.state_bytes + plan.kept_bytes * length
+        table.add_row(f"{length // 1024}k", _size(size), _size(held), f"{size / held:.1f}")
     console.print(table)
 
 

@@ -1,6 +1,8 @@
 """The training loop, once: transformers' Trainer with a stage's objective, trainable parameters and data."""
 
 import json
+from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from linearize.convert.batches import TrainingBatches
 from linearize.convert.context import Context, StageError
-from linearize.convert.data import packed
+from linearize.convert.data import documents, problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
-from linearize.recipes.schema import Training
+from linearize.recipes.training import Training
 
 
 class Objective(Protocol):
@@ -25,21 +28,37 @@ class Objective(Protocol):
 
     is_local: bool
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int) -> Tensor:
-        """Mean loss of a micro batch of packed sequences (`data.pack`)."""
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int, step: int) -> Tensor:
+        """Mean loss of a micro batch (`TrainingBatches`) of a step, counted from 0."""
 
 
 class StageTrainer(Trainer):
-    """Trainer whose checkpoints hold trainable parameters alone, and whose data come in their own order."""
+    """Trainer whose checkpoints hold trainable parameters alone, and whose data come in their own order.
 
-    def __init__(self, objective: Objective, **kwargs):
+    Args:
+        learning_rates: of the parameters that have another one than the rest.
+    """
+
+    def __init__(self, objective: Objective, learning_rates: dict[nn.Parameter, float], **kwargs):
         super().__init__(**kwargs)
-        self.objective = objective
+        self.objective, self.learning_rates = objective, learning_rates
         # The objectives average over their own micro batch, so the accumulated mean is taken here.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.objective.loss(model, inputs, self.current_gradient_accumulation_steps)
+        return self.objective.loss(model, inputs, self.current_gradient_accumulation_steps, self.state.global_step)
+
+    def create_optimizer(self, *arguments):
+        optimizer = super().create_optimizer(*arguments)
+        groups = []
+        for group in optimizer.param_groups:
+            members = defaultdict(list)
+            for parameter in group["params"]:
+                members[self.learning_rates.get(parameter, group["lr"])].append(parameter)
+            groups += [{**group, "params": parameters, "lr": lr} for lr, parameters in members.items()]
+        # No state hangs on the old groups yet.
+        optimizer.param_groups = groups
+        return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.objective.is_local:
@@ -79,9 +98,19 @@ class ShowProgress(TrainerCallback):
         self.bar.stop()
 
 
-def train(context: Context, stage: str, model: nn.Module, objective: Objective, section: Training) -> list[float]:
+def train(
+    context: Context,
+    stage: str,
+    model: nn.Module,
+    objective: Objective,
+    section: Training,
+    learning_rates: dict[nn.Parameter, float] | None = None,
+) -> list[float]:
     """Train the parameters of `model` that require gradients, going on from the newest whole checkpoint, and write
     them to the stage's directory.
+
+    Args:
+        learning_rates: of the parameters for which it is not `section.lr`.
 
     Returns:
         The loss of every step, those before an interruption included.
@@ -92,15 +121,12 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
     if not trainable(model):
         raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
     directory = context.stage_directory(stage)
-    data = packed(
-        "data.train", context.recipe.data.train, context.tokenizer, section.length, section.steps * section.batch_size
-    )
-    micro = section.micro_batch_size or section.batch_size
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=section.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=section.batch_size // micro,
+        # An item of the data is a whole micro batch.
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=section.batch_size * section.length // section.tokens_per_pass,
         learning_rate=section.lr,
         weight_decay=section.weight_decay,
         warmup_steps=section.warmup_steps,
@@ -126,11 +152,17 @@ def train(context: Context, stage: str, model: nn.Module, objective: Objective, 
         arguments._n_gpu = min(arguments.n_gpu, 1)
     if objective.is_local and arguments.world_size > 1:
         raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
+    sources, seed = context.recipe.data.train, context.recipe.seed
+    with problems_named("data.train", sources):
+        read = [documents(source, context.tokenizer) for source in sources]
+        data = TrainingBatches(read, section, seed, arguments.world_size)
     trainer = StageTrainer(
         objective,
+        learning_rates or {},
         model=model,
         args=arguments,
         train_dataset=data,
+        data_collator=itemgetter(0),
         callbacks=[ShowProgress(context, section.batch_size * section.length)],
     )
     trainer.remove_callback(PrinterCallback)

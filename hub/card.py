@@ -13,7 +13,7 @@ CARD = """---
 # {name}
 
 {base} with its softmax attention turned into augmented linear attention by
-linearize: memory per generated token is constant, prefill is linear in length.
+linearize: {memory}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,8 +52,20 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=recipe.name,
         base=base or "A model",
+        memory=_memory(metrics["install"]),
         results=_results(metrics),
         recipe=dump_recipe(recipe),
+    )
+
+
+def _memory(installed: dict) -> str:
+    kept = {layer: heads for layer, heads in installed["kept_heads"].items() if heads}
+    if not kept:
+        return "memory per generated token is constant, prefill is linear in length."
+    names = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in kept.items())
+    return (
+        "memory per generated token is constant and prefill linear in length, except for the key heads that stay\n"
+        f"softmax and keep their cache ({names})."
     )
 
 
@@ -61,19 +73,31 @@ def _results(metrics: dict) -> str:
     if "evaluate" not in metrics:
         return ""
     measured = metrics["evaluate"]
+    rows = {name: _figures(figures) for group in ("models", "ablations") for name, figures in measured[group].items()}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [
         "",
         "## Measured",
         "",
-        f"Held-out perplexity, {measured['tokens']} tokens in sequences of {measured['length']}.",
+        "Perplexity of held-out text by length of the window; the share of tokens predicted when a text is said again, "
+        "of pass keys found in a text of so many tokens, and of values recalled from so many `key: value` pairs. "
+        "`metrics.json` has the details.",
         "",
-        "| model | perplexity |",
-        "|---|---|",
+        f"| model | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
     ]
-    rows = {**measured["models"], **measured["ablations"]}
-    lines += [f"| {name} | {value:.2f} |" for name, value in rows.items()]
+    lines += [f"| {name} | {' | '.join(row.get(column, '') for column in columns)} |" for name, row in rows.items()]
     for i, accuracy in enumerate(metrics.get("medusa", {}).get("head_accuracy", [])):
         if i == 0:
             lines += ["", "| Medusa head | top-1 | top-5 |", "|---|---|---|"]
         lines.append(f"| {i + 1} | {accuracy['top1']:.3f} | {accuracy['top5']:.3f} |")
     return "\n".join([*lines, ""])
+
+
+def _figures(measured: dict) -> dict[str, str]:
+    """Column -> figure of one model."""
+    row = {f"perplexity, {length}": f"{figures['perplexity']:.2f}" for length, figures in measured["text"].items()}
+    for name, unit in (("copying", "tokens"), ("passkey", "tokens"), ("recall", "pairs")):
+        for size, figures in measured.get(name, {}).items():
+            row[f"{name}, {size} {unit}"] = f"{figures['accuracy']:.0%}"
+    return row

@@ -8,7 +8,8 @@ from .config import LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
 from .kernels import Problem, Weights, augmented_attention
-from .tokens import Tokens, locate, whole_sequences
+from .softmax import softmax_attention
+from .tokens import Tokens, locate, visible_keys, whole_sequences
 
 BRANCHES = frozenset({"local", "linear", "conv"})
 
@@ -17,23 +18,32 @@ class LinearAttention(nn.Module):
     """Replaces softmax(QK^T)V in one attention module; projections stay where they are.
 
     Parameters are fp32 masters whatever the model's dtype. H query heads share H_kv key heads, and the state is per
-    key head.
+    key head. Key heads may be kept, with all the query heads of their group: they stay softmax, have no parameters
+    here, and a cache remembers all of their tokens.
+
+    Args:
+        heads, kv_heads, head_dim: of the attention module.
+        kept: key heads to keep.
 
     Attributes:
+        heads, kv_heads: those that are linear.
         backend: name of a kernel backend, or "auto".
         branches: which of `BRANCHES` take part; evaluation switches them off one by one.
     """
 
-    def __init__(self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int):
+    def __init__(
+        self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int, kept: tuple[int, ...] = ()
+    ):
         super().__init__()
-        self.config = config
+        self.config, self.kept = config, kept
+        heads, kv_heads = heads - len(kept) * (heads // kv_heads), kv_heads - len(kept)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.backend = "auto"
         self.branches = BRANCHES
         # The seam's notes: what the present call got, and whether the module applies its rotary embedding (None:
         # not known yet, being watched during the first call).
         self.call = self.rotates = self.watch = None
-        if config.feature_map is not None:
+        if heads and config.feature_map is not None:
             feature_map = FEATURE_MAPS[config.feature_map]
             self.phi_q = feature_map(heads, head_dim, config.feature_dim)
             self.phi_k = feature_map(kv_heads, head_dim, config.feature_dim)
@@ -51,7 +61,7 @@ class LinearAttention(nn.Module):
                 self.gate = nn.Parameter(torch.full((heads,), -2.197))
         else:
             self.features = 0
-        if config.conv_taps:
+        if heads and config.conv_taps:
             self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps))
 
     def weights(self, device: torch.device) -> Weights:
@@ -65,8 +75,14 @@ class LinearAttention(nn.Module):
             far = self.lam + (self.lam.clamp(min=0) - self.lam).detach()
         elif hasattr(self, "alpha"):
             far = self.alpha
+        if "local" not in self.branches:
+            # A constant, as its logarithm has no gradient at 0.
+            near = torch.zeros_like(one)
+            if self.config.combine == "shared":
+                # Alone above and below the line, the far branch has no use for a weight, which may be 0.
+                far = one
         return Weights(
-            near=near if "local" in self.branches else near * 0,
+            near=near,
             far=far if "linear" in self.branches else far * 0,
             conv=self.conv if self.config.conv_taps and "conv" in self.branches else None,
         )
@@ -83,6 +99,7 @@ class LinearAttention(nn.Module):
         segments: Tensor | None = None,
         cache: LinearCacheLayer | None = None,
         ancestors: Tensor | None = None,
+        sliding_window: int | None = None,
     ) -> Tensor:
         """Outputs [B, H, T, D_v].
 
@@ -94,12 +111,58 @@ class LinearAttention(nn.Module):
             cache: continued from and added to. Without one the sequence stands alone.
             ancestors: [T, T] bool, True where node j is an ancestor of node i or i itself: the tokens are nodes of a
                 draft tree behind the cached tokens, verified but not added; `cache.accept` adds a path of them.
+            sliding_window: of the softmax model's own layer; kept heads see no further than they did.
 
         Raises:
             ValueError: for a tree without a cache.
         """
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
+        if not self.kept:
+            return self._linear(q, k, v, raw_q, raw_k, scale, segments, cache, ancestors)
+        kv_heads = k.shape[1]
+        linear = [head for head in range(kv_heads) if head not in self.kept]
+
+        def of(chosen, x):  # of x [B, H or H_kv, ..] the heads that belong to the chosen key heads
+            if x is None:
+                return None
+            groups = x.chunk(kv_heads, dim=1)
+            return torch.cat([groups[head] for head in chosen] or [x[:, :0]], dim=1)
+
+        rest = (scale, segments, cache, ancestors)
+        # Softmax first, since the linear part moves the cache on.
+        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest, sliding_window)
+        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k)), *rest)
+        if not linear:
+            return softmax_out
+        outputs = dict(zip(self.kept, softmax_out.chunk(len(self.kept), dim=1), strict=True))
+        outputs |= zip(linear, linear_out.chunk(len(linear), dim=1), strict=True)
+        return torch.cat([outputs[head] for head in range(kv_heads)], dim=1)
+
+    def _softmax(self, q, k, v, scale, segments, cache, ancestors, sliding_window) -> Tensor:
+        """`forward` for kept heads."""
+        tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
+        if ancestors is not None:
+            tokens = Tokens(tokens.document, tokens.position[:, :1] + ancestors.sum(-1) - 1)
+        keys, values = k, v
+        if cache is not None:
+            keys, values, tokens = cache.memory.recall(k, v, tokens)
+        alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
+        bounded = sliding_window is not None and keys.shape[2] > sliding_window
+        visible = None if alone and not bounded else visible_keys(tokens, q.shape[2], ancestors)
+        if bounded:
+            distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
+            visible = visible & (distance < sliding_window)
+        if ancestors is not None:
+            cache.memory.draft = (k, v)
+        elif cache is not None:
+            cache.memory.keep(keys, values, tokens)
+            if segments is not None:
+                cache.memory.compact()
+        return softmax_attention(q, keys, values, visible, scale)
+
+    def _linear(self, q, k, v, raw_q, raw_k, scale, segments, cache, ancestors) -> Tensor:
+        """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         phi_q = phi_k = gates = None
         if self.features:
@@ -132,7 +195,8 @@ class LinearAttention(nn.Module):
             query = q if raw_q is None else raw_q
             phi_q = phi_q * (scale * query @ self.lam_query.to(query.dtype)).exp()
 
-        out = augmented_attention(
+        # Without linear heads there is only the cache to move on.
+        out = q if not self.heads else augmented_attention(
             Problem(
                 q=q,
                 k=keys["k"],
@@ -165,4 +229,6 @@ class LinearAttention(nn.Module):
         return Tokens(torch.zeros_like(position), position)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}" + (
+            f", kept={self.kept}" if self.kept else ""
+        )

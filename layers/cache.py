@@ -1,7 +1,8 @@
 """What generation remembers: per layer one state, the sinks, and one ring of recent raw keys and values.
 
-Bytes do not depend on how many tokens were seen. Only a token that has left every window, and the `slack` behind it,
-enters the state; so the state is read-only for draft trees, and `crop` moves a cursor.
+Bytes do not depend on how many tokens were seen, except where heads are kept softmax (`softmax.SoftmaxMemory`).
+Only a token that has left every window, and the `slack` behind it, enters the state; so the state is read-only for
+draft trees, and `crop` moves a cursor.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .config import LinearAttentionConfig
 from .kernels import Gates, State, fold
+from .softmax import SoftmaxMemory
 from .tokens import PADDING, Tokens
 
 
@@ -23,6 +25,7 @@ class LinearCacheLayer(CacheLayerMixin):
             `v`; the first `count` slots of a row hold its latest tokens, oldest first.
         sinks: the same names, [B, H_kv, s, ..]: the sinks that have left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
+        memory: every token of the kept heads, which alone grows.
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
     """
@@ -42,6 +45,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
         self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens] | None = None
+        self.memory = SoftmaxMemory()
         self.seen = 0
 
     def lazy_initialization(self, new: dict[str, Tensor], phi_k: Tensor | None) -> None:
@@ -136,6 +140,7 @@ class LinearCacheLayer(CacheLayerMixin):
         """
         keys, phi_k, gates, tokens = self.draft
         self.draft = None
+        self.memory.accept(path, self.length)
         remembered = self.config.sinks + self.config.ring_size
 
         def pick(x):
@@ -176,6 +181,7 @@ class LinearCacheLayer(CacheLayerMixin):
                 "configure the layer with a larger slack"
             )
         self.length, self.count = length, count
+        self.memory.crop(length)
         self.seen -= remove
 
     def get_seq_length(self) -> int:
@@ -194,6 +200,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks = {name: function(x) for name, x in self.sinks.items()}
         if self.state is not None:
             self.state = State(function(self.state.S), function(self.state.z))
+        self.memory.map_rows(function)
         self.length, self.count, self.segment = function(self.length), function(self.count), function(self.segment)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -210,7 +217,7 @@ class LinearCacheLayer(CacheLayerMixin):
         tensors = [*self.ring.values(), *self.sinks.values()]
         if self.state is not None:
             tensors += [self.state.S, self.state.z]
-        return sum(x.nbytes for x in tensors)
+        return sum(x.nbytes for x in tensors) + self.memory.nbytes
 
 
 class LinearCache(Cache):

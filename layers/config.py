@@ -1,6 +1,6 @@
 """What one augmented linear attention layer is: its configuration and the named presets."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 FeatureMapName = Literal[
@@ -69,11 +69,15 @@ class LinearAttentionConfig:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
 
     @property
+    def near_reach(self) -> int:
+        """How many tokens before a query the window may still look at."""
+        return {None: 0, "sliding": self.window_size - 1, "block": self.window_size - 1,
+                "terrace": 2 * self.window_size - 1}[self.window]
+
+    @property
     def reach(self) -> int:
         """How many tokens before a query the window or the convolution may still look at."""
-        window = {None: 0, "sliding": self.window_size - 1, "block": self.window_size - 1,
-                  "terrace": 2 * self.window_size - 1}[self.window]
-        return max(window, self.conv_taps - 1)
+        return max(self.near_reach, self.conv_taps - 1)
 
     @property
     def ring_size(self) -> int:
@@ -103,3 +107,9 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
     "swa": LinearAttentionConfig(feature_map=None, conv_taps=0),
 }
+
+
+def window_alone(config: LinearAttentionConfig) -> LinearAttentionConfig:
+    """The near branch of `config` and nothing else; the published window where it has none."""
+    own = config if config.window is not None else PRESETS["swa"]
+    return replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)

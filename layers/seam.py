@@ -127,10 +127,17 @@ def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
+def head_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
+    """layer_idx -> `head_shape`; raises as `attention_modules`."""
+    config = model.config.get_text_config(decoder=True)
+    return {index: head_shape(module, config) for index, module in attention_modules(model).items()}
+
+
 class LinearizedMixin:
     """A transformers causal language model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
 
-    `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`).
+    `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`), and
+    `config.kept_heads` the key heads that stay softmax: layer index, as text, -> heads.
     """
 
     # Masters stay fp32 when the model is loaded in half precision.
@@ -138,7 +145,8 @@ class LinearizedMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        _install(self, LinearAttentionConfig(**config.linear_attention))
+        kept = {int(index): tuple(heads) for index, heads in (getattr(config, "kept_heads", None) or {}).items()}
+        _install(self, LinearAttentionConfig(**config.linear_attention), kept)
 
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
@@ -157,27 +165,37 @@ def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Linearized{base.__name__}", (LinearizedMixin, base), {"__module__": __name__})
 
 
-def install(model: PreTrainedModel, config: LinearAttentionConfig) -> PreTrainedModel:
+def install(
+    model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[int, tuple[int, ...]] | None = None
+) -> PreTrainedModel:
     """Give every attention module of `model` a `LinearAttention` and switch to it, in place.
 
     What was installed before is replaced.
 
+    Args:
+        kept: layer index -> key heads that stay softmax, with all the query heads of their group.
+
     Raises:
         UnsupportedModelError: when an attention module cannot be replaced.
-        ValueError: when `config` does not fit the model's heads. The model is untouched in both cases.
+        ValueError: when `config` does not fit the model's heads, or a head of `kept` is not there. The model is
+            untouched in both cases.
     """
-    _install(model, config)
+    kept = kept or {}
+    _install(model, config, kept)
     if not isinstance(model, LinearizedMixin):
         model.__class__ = linearized_class(type(model))
     model.config.linear_attention = config.to_dict()
+    model.config.kept_heads = {str(index): list(heads) for index, heads in kept.items()}
     return model
 
 
-def _install(model: PreTrainedModel, config: LinearAttentionConfig) -> None:
-    text_config = model.config.get_text_config(decoder=True)
-    modules = attention_modules(model)
+def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[int, tuple[int, ...]]) -> None:
+    modules, shapes = attention_modules(model), head_shapes(model)
+    for index, heads in kept.items():
+        if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
+            raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
-    layers = {index: LinearAttention(config, *head_shape(module, text_config)) for index, module in modules.items()}
+    layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
     for index, module in modules.items():
         device = next(module.parameters()).device
         if not hasattr(module, "linear_attention"):
@@ -259,7 +277,8 @@ def _stop_watching(module: nn.Module, *_) -> None:
 
 @dataclass
 class Inputs:
-    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same."""
+    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same; and what
+    else bears on it."""
 
     q: Tensor
     k: Tensor
@@ -267,6 +286,7 @@ class Inputs:
     raw_k: Tensor | None
     cache: LinearCacheLayer | None
     segments: Tensor | None
+    sliding_window: int | None
 
 
 def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Inputs:
@@ -297,13 +317,14 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if segments is None and cu_seqlens is not None and call.cache is None:
         segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
+    sliding_window = kwargs.get("sliding_window")
     if call.rotary is None:
-        return Inputs(query, key, None, None, call.cache, segments)
+        return Inputs(query, key, None, None, call.cache, segments, sliding_window)
     cos, sin = call.rotary
     size = cos.shape[-1]
     q, k = _rotate_function(module)(query[..., :size], key[..., :size], cos, sin)
     q, k = torch.cat([q, query[..., size:]], dim=-1), torch.cat([k, key[..., size:]], dim=-1)
-    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments)
+    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments, sliding_window)
 
 
 def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:
@@ -317,6 +338,7 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
         raw_k=inputs.raw_k,
         segments=inputs.segments,
         cache=inputs.cache,
+        sliding_window=inputs.sliding_window,
     )
     return out.transpose(1, 2)
 

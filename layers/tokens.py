@@ -83,6 +83,21 @@ def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Token
     return Tokens(torch.where(valid, starts.cumsum(dim=1), PADDING), position)
 
 
+def visible_keys(tokens: Tokens, queries: int, ancestors: Tensor | None) -> Tensor:
+    """[B, Q, K] whether each of the last `queries` tokens may look at key k: of its document, and not after it.
+
+    Padding looks at padding, so no query is without a key.
+
+    Args:
+        ancestors: [Q, Q] bool for a draft tree: node i sees the keys before the tree and node j where true.
+    """
+    order = ancestors
+    if order is None:
+        order = torch.ones(queries, queries, dtype=torch.bool, device=tokens.document.device).tril()
+    order = torch.cat([order.new_ones(queries, tokens.document.shape[1] - queries), order], dim=1)
+    return order & (tokens.document[:, -queries:, None] == tokens.document[:, None, :])
+
+
 def near(config: LinearAttentionConfig, q_position: Tensor, k_position: Tensor) -> Tensor:
     """[.., Q, K] whether key k is near query q, both of one document and k not after q."""
     i, j = q_position.unsqueeze(-1), k_position.unsqueeze(-2)

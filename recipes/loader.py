@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from linearize.layers.config import PRESETS
-from linearize.recipes.schema import Recipe, Section
+from linearize.recipes.fields import Section
+from linearize.recipes.schema import Recipe
 
 # Where each value stands: its path of keys and list indices -> line in the file, or 0 for the command line.
 Lines = dict[tuple[str | int, ...], int]
@@ -42,6 +43,15 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
     )
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # Outside double quotes \x85 and the like are line breaks, which reading turns into spaces.
+    style = '"' if text.splitlines() != [text] else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -203,7 +213,7 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected some text, got {given}"
         case "list_type":
             message = f"expected a list, got {given}"
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "dict_type":
             message = f"expected a section with fields, got {given}"
         case "too_short":
             message = "expected at least one entry, got an empty list"
@@ -211,8 +221,12 @@ def _explain(error: dict, lines: Lines) -> tuple[int, str]:
             message = f"expected {context['expected']}, got {given}"
         case "greater_than":
             message = f"expected more than {context['gt']:g}, got {given}"
+        case "less_than":
+            message = f"expected less than {context['lt']:g}, got {given}"
         case "greater_than_equal":
             message = f"expected {context['ge']:g} or more, got {given}"
+        case "less_than_equal":
+            message = f"expected {context['le']:g} or less, got {given}"
         case _:
             message = f"{error['msg'][0].lower()}{error['msg'][1:]}, got {given}"
     line = next(lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines)
@@ -223,7 +237,8 @@ def _field_names(path: tuple) -> list[str]:
     """Fields of the section at a path; none where no section is."""
     section = Recipe
     for key in path:
-        if isinstance(key, str):
+        # The names in transfer.layers are the user's, each of one more section.
+        if isinstance(key, str) and key in section.model_fields:
             annotation = section.model_fields[key].annotation
             candidates = (annotation, *get_args(annotation))
             section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -2,30 +2,20 @@
 
 import importlib.util
 import re
-from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.recipes.attention import AttentionSection, KeepSection
+from linearize.recipes.evaluation import EvaluateSection
+from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
+from linearize.recipes.training import Training, TransferSection
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -62,12 +52,6 @@ def _check_model_source(source: str) -> str:
 ModelSource = Annotated[Text, AfterValidator(_check_model_source)]
 
 
-class Section(BaseModel):
-    """Base of all sections: nothing unknown, nothing converted (`"8"` is no number), nothing changed later."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
-
-
 class ModelSection(Section):
     """Where the model comes from.
 
@@ -86,34 +70,6 @@ class ModelSection(Section):
     tokenizer: ModelSource | None = None
     license: Text | None = None
     base_model: Text | None = None
-
-
-_attention_fields = {field.name: (field.type, field.default) for field in fields(LinearAttentionConfig)}
-
-
-class AttentionSection(create_model("_AttentionFields", __base__=Section, **_attention_fields)):
-    """A preset and what differs from it: `preset` plus any field of `LinearAttentionConfig`."""
-
-    preset: Literal[*PRESETS] = "augmented"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_from_preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        preset = value.get("preset", cls.model_fields["preset"].default)
-        known = isinstance(preset, str) and preset in PRESETS
-        return {**PRESETS[preset].to_dict(), **value} if known else value
-
-    @model_validator(mode="after")
-    def _contradictions(self) -> "AttentionSection":
-        _ = self.config
-        return self
-
-    @property
-    def config(self) -> LinearAttentionConfig:
-        """The layer's configuration, preset and overrides merged."""
-        return LinearAttentionConfig(**self.model_dump(exclude={"preset"}))
 
 
 class DataSource(Section):
@@ -159,49 +115,6 @@ class DataSection(Section):
     heldout: DataSources
 
 
-class Training(Section):
-    """What every training stage has.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: sequences per optimizer step.
-        micro_batch_size: sequences per forward pass; divides `batch_size`. None takes them all at once.
-        length: tokens per packed sequence.
-        lr: peak learning rate.
-        weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up.
-        schedule: of the learning rate after the warm-up.
-        save_every: steps between checkpoints.
-        bf16: compute under bfloat16 autocast.
-    """
-
-    steps: Positive
-    batch_size: Positive = 8
-    micro_batch_size: Positive | None = None
-    length: Annotated[int, Field(ge=2)] = 1024
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    save_every: Positive = 100
-    bf16: bool = False
-
-    @field_validator("micro_batch_size")
-    @classmethod
-    def _divides(cls, micro: int | None, info: ValidationInfo) -> int | None:
-        batch = info.data.get("batch_size")
-        if micro and batch and batch % micro:
-            raise ValueError(f"{micro} does not divide the batch_size of {batch}")
-        return micro
-
-
-class TransferSection(Training):
-    """Attention transfer: the new layers learn the softmax layers' outputs, everything else stays frozen."""
-
-    objective: Literal["output_mse"] = "output_mse"
-    lr: Annotated[float, Field(gt=0)] = 1e-2
-
-
 class FinetuneSection(Training):
     """End-to-end finetuning of the converted model.
 
@@ -213,6 +126,7 @@ class FinetuneSection(Training):
         train_attention: also train what the linear attention layers added.
         next_token: weight of the next-token cross-entropy.
         distill: weight of the KL divergence from the same model in softmax mode.
+        attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         deepspeed: path of a DeepSpeed JSON configuration.
         gradient_checkpointing: recompute activations in the backward pass.
     """
@@ -222,11 +136,12 @@ class FinetuneSection(Training):
     alpha: Annotated[float, Field(gt=0)] = 16
     targets: Annotated[list[Text], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     train_attention: bool = True
-    next_token: Annotated[float, Field(ge=0)] = 1.0
-    distill: Annotated[float, Field(ge=0)] = 0.0
+    next_token: Weight = 1.0
+    distill: Weight = 0.0
+    attention_lr: LearningRate | None = None
     deepspeed: Text | None = None
     gradient_checkpointing: bool = False
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: LearningRate = 1e-3
 
     @field_validator("distill")
     @classmethod
@@ -236,6 +151,13 @@ class FinetuneSection(Training):
         if not distill and info.data.get("next_token") == 0:
             raise ValueError("next_token and distill are both 0, so there is no loss; give one of them a weight")
         return distill
+
+    @field_validator("attention_lr")
+    @classmethod
+    def _attention_learns(cls, lr: float | None, info: ValidationInfo) -> float | None:
+        if lr is not None and info.data.get("train_attention") is False:
+            raise ValueError("train_attention is false, so no attention layer has a learning rate")
+        return lr
 
     @field_validator("deepspeed")
     @classmethod
@@ -257,21 +179,7 @@ class MedusaSection(Training):
     heads: Positive = 4
     projection: Literal["shared", "own"] = "shared"
     decay: Annotated[float, Field(gt=0)] = 0.8
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-
-
-class EvaluateSection(Section):
-    """Measurements on the held-out data: `tokens` in all, in sequences of `length`."""
-
-    tokens: Positive = 8192
-    length: Annotated[int, Field(ge=2)] = 1024
-
-    @field_validator("length")
-    @classmethod
-    def _fits(cls, length: int, info: ValidationInfo) -> int:
-        if length > info.data.get("tokens", length):
-            raise ValueError(f"one sequence of {length} is longer than the {info.data['tokens']} tokens to measure on")
-        return length
+    lr: LearningRate = 1e-3
 
 
 class ExportSection(Section):
@@ -302,9 +210,31 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     attention: AttentionSection = AttentionSection()
+    keep: KeepSection | None = None
     data: DataSection
     transfer: TransferSection | None = None
     finetune: FinetuneSection | None = None
     medusa: MedusaSection | None = None
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
+
+    @field_validator("transfer")
+    @classmethod
+    def _objectives_fit_the_attention(
+        cls, transfer: TransferSection | None, info: ValidationInfo
+    ) -> TransferSection | None:
+        attention = info.data.get("attention")
+        if transfer is not None and attention is not None and (why := transfer.contradiction(attention.config)):
+            raise ValueError(why)
+        return transfer
+
+    @field_validator("evaluate")
+    @classmethod
+    def _tunable_teacher(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
+        if evaluate is not None and evaluate.tuned_teacher and "finetune" in info.data:
+            finetune = info.data["finetune"]
+            if finetune is None:
+                raise ValueError("tuned_teacher: needs the section finetune, which says how to tune it")
+            if not finetune.next_token:
+                raise ValueError("tuned_teacher: with finetune.next_token 0 the teacher would learn from itself alone")
+        return evaluate

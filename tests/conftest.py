@@ -113,7 +113,7 @@ def recipe(tiny_model, tmp_path):
             "transfer": {"steps": 6, "lr": 1e-2, **training},
             "finetune": {"steps": 6, "lr": 1e-2, **training},
             "medusa": {"steps": 4, "heads": 2, "lr": 1e-2, **training},
-            "evaluate": {"tokens": 256, "length": 128},
+            "evaluate": {"tokens": 256, "lengths": [128], "copying": {"texts": 2, "length": 32}},
             "export": {},
         }
         content = {key: value for key, value in (content | changes).items() if value is not None}

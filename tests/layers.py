@@ -7,6 +7,7 @@ import torch
 
 from linearize.layers.attention import LinearAttention
 from linearize.layers.cache import LinearCacheLayer
+from linearize.layers.tokens import PADDING
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 4, 6
 SCALE = 0.6
@@ -19,9 +20,9 @@ COMBINES = [{"combine": "shared", "far_weight": far_weight} for far_weight in ("
 COMBINES += [{"combine": "sum", "norm": norm} for norm in ("sum", "count", "rms", "none")]
 
 
-def make_layer(config, seed=0, dtype=torch.float64, backend="torch"):
+def make_layer(config, seed=0, dtype=torch.float64, backend="torch", kept=()):
     """A layer with random weights, so that every branch contributes."""
-    layer = LinearAttention(config, HEADS, KV_HEADS, DIM).to(dtype)
+    layer = LinearAttention(config, HEADS, KV_HEADS, DIM, kept).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype) * 0.7
@@ -116,6 +117,17 @@ def assert_same_memory(actual, expected):
     if expected.state is not None:
         torch.testing.assert_close(actual.state.S, expected.state.S, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(actual.state.z, expected.state.z, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(memory_of(actual), memory_of(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def memory_of(cache):
+    """Positions, k and v that a cache of one row holds of its kept heads."""
+    memory = cache.memory
+    if memory.k is None:
+        return ()
+    held = memory.position[0] != PADDING
+    return memory.position[:, held], memory.k[:, :, held], memory.v[:, :, held]
 
 
 def ancestors_of(parents):

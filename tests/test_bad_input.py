@@ -126,6 +126,32 @@ def test_tokenizer_larger_than_the_embedding(refused, tiny_model, tmp_path):
 
 def test_lengths_beyond_the_model(refused):
     assert "transfer.length: 1024 is longer than the 512 positions" in refused("transfer.length=1024")
+    tokens = "evaluate.tokens=2048"
+    assert "evaluate.lengths: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.lengths=[1024]")
+    assert "evaluate.copying: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.copying={texts: 1}")
+    assert "evaluate.passkey: 600 tokens are more than the 512 pos" in refused(tokens, "evaluate.passkey=[600]")
+    assert "evaluate.recall: 64 pairs need 128 words of one token" in refused("evaluate.recall=[64]")
+
+
+def test_phases_beyond_the_model(refused):
+    line = refused("transfer.curriculum=[{length: 1024, share: 1.0}]", "transfer.batch_size=16")
+    assert "transfer.curriculum: 1024 is longer than the 512 positions" in line
+
+
+def test_positions_beyond_the_model(refused):
+    line = refused("finetune.position_offset=449")
+    assert "finetune.position_offset: 449 and a length of 64 are more than the 512 positions" in line
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("{0-2: {lr: 1.0}}", "0-2 is not among this model's attention layers, which are 0 to 1"),
+        ("{0-1: {steps: 3}}", "every layer stops by step 3, so 6 steps are too many"),
+    ],
+)
+def test_layers_that_do_not_fit_the_model(refused, layers, expected):
+    assert f"transfer.layers: {expected}" in refused(f"transfer.layers={layers}")
 
 
 def test_nothing_to_train(refused):
@@ -145,6 +171,15 @@ def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", found)
     (tmp_path / "zero2.json").write_text("{}")
     assert "finetune.deepspeed: deepspeed is not installed" in refused(f"finetune.deepspeed={tmp_path}/zero2.json")
+
+
+def test_learning_rates_that_deepspeed_does_not_know(refused, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    found = lambda name, *rest: real("torch" if name == "deepspeed" else name, *rest)  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    (tmp_path / "zero2.json").write_text('{"optimizer": {"type": "AdamW"}}')
+    line = refused(f"finetune.deepspeed={tmp_path}/zero2.json", "finetune.attention_lr=1e-3")
+    assert "finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own" in line
 
 
 def test_override_that_is_wrong(refused):
@@ -200,9 +235,23 @@ def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path)
 
 
 def test_a_softmax_model_is_nothing_to_chat_with(linearize, tiny_model):
-    for verb in ("chat", "evaluate"):
-        result = linearize(verb, tiny_model)
-        assert result.code == 2 and "is not a linearized model" in result.stderr
+    result = linearize("chat", tiny_model)
+    assert result.code == 2 and "is not a linearized model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lengths", 9000], "--lengths: 9000 tokens are more than the 8192 to measure on"),
+        (["--lengths", 1024], "--lengths: 1024 tokens are more than the 512 positions that the model knows"),
+        (["--lengths", 64, "--recall", 200], "--recall: 200 pairs need 400 words of one token, the held-out text has"),
+        (["--lengths", 64, "--passkey", 10], "--passkey: 10 tokens do not hold the "),
+        (["--data", "nowhere.txt"], "--data nowhere.txt: "),
+    ],
+)
+def test_evaluate_what_cannot_be(linearize, tiny_model, options, expected):
+    result = linearize("evaluate", tiny_model, "--copying", 0, *options)
+    assert result.code == 2 and result.stderr.startswith(f"linearize: {expected}")
 
 
 @pytest.mark.parametrize("content", ['{"text": "a"}\n{"text": ', "\udcff"])
@@ -249,3 +298,24 @@ def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     result = linearize("convert", recipe(model={"source": str(model)}))
     assert result.code == 2 and "no fitting weights for model.layers.1.mlp.up_proj.weight" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("keep", "reason"),
+    [
+        ({}, "keep: give one of kv_budget, layers and heads, not none"),
+        ({"kv_budget": 0.1, "layers": [0]}, "keep: give one of kv_budget, layers and heads, not kv_budget and layers"),
+        ({"kv_budget": 1.0}, "keep.kv_budget: expected less than 1, got 1.0"),
+        ({"kv_budget": 0.2}, "keep.kv_budget: 0.2 of the model's 4 key heads is not one head; use 0.25 or more"),
+        ({"kv_budget": 0.5}, "keep.length: 512 tokens twice are longer than the 512 positions of the model"),
+        ({"kv_budget": 0.5, "length": 16}, "keep.length: a text of 16 tokens is repeated within the window"),
+        ({"layers": [2]}, "keep.layers: the model has no attention layer 2; it has 0, 1"),
+        ({"layers": [1, 0]}, "keep.layers: these are all of the model's heads, so nothing is left to linearize"),
+        ({"heads": {"one": [0]}}, "keep.heads: the model has no attention layer one"),
+        ({"heads": {"1": [0, 2]}}, "keep.heads: layer 1 has no key head 2; its heads are 0 to 1"),
+        ({"heads": {"1": [-1]}}, "keep.heads.1.0: expected 0 or more, got -1"),
+        ({"heads": [1]}, "keep.heads: expected a section with fields, got a list"),
+    ],
+)
+def test_heads_that_cannot_be_kept(refused, keep, reason):
+    assert reason in refused(keep=keep)

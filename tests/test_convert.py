@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from linearize.convert.context import STAGES
+from linearize.convert.context import STAGES, Context
+from linearize.convert.models import model_after, save_weights
+from linearize.recipes.loader import load_recipe
 
 # Puts the package out of reach, as on a machine that never had it.
 WITHOUT_LINEARIZE = "import sys; sys.modules['linearize'] = None\n"
@@ -44,7 +47,7 @@ data: {{train: {{source: "builtin:train"}}, heldout: {{source: "builtin:heldout"
 transfer: {training}, micro_batch_size: 1}}
 finetune: {training}, distill: 0.5}}
 medusa: {training}, heads: 2}}
-evaluate: {{tokens: 256, length: 128}}
+evaluate: {{tokens: 256, lengths: [64, 128], copying: {{texts: 2, length: 32}}, passkey: [100], recall: [4]}}
 export: {{}}
 """)
     return directory / "run", converted(linearize, recipe), recipe
@@ -55,22 +58,25 @@ def test_every_stage_finishes_and_the_table_is_shown(finished):
     assert [state(run, stage)["status"] for stage in STAGES] == ["done"] * len(STAGES)
     shown = ["teacher (softmax)", "sliding window 64 + 4 sinks, untrained", "sliding window 16 + 2 sinks, untrained"]
     shown += ["installed", "after transfer", "after finetune", "local only", "linear only", "conv off", "linear state"]
+    shown += ["a text of 32 tokens said again", "pass keys found in 100 tokens", "values recalled from 4 pairs"]
+    shown += ["perplexity by position in windows of 128", "last seen beyond", "attention beyond the window: "]
     assert all(name in printed for name in shown)
     assert not list(run.glob("*/checkpoints"))
 
 
+def perplexities(run: Path, length: int = 128) -> dict[str, float]:
+    models = state(run, "evaluate")["metrics"]["models"]
+    return {name: figures["text"][str(length)]["perplexity"] for name, figures in models.items()}
+
+
 def test_augmented_starts_as_window_and_sinks(linearize, finished, tmp_path, recipe):
     run, *_ = finished
-    measured = state(run, "evaluate")["metrics"]
-    assert measured["models"]["installed"] == pytest.approx(
-        measured["models"]["sliding window 16 + 2 sinks, untrained"], rel=1e-6
-    )
+    measured = perplexities(run, 64)
+    assert measured["installed"] == pytest.approx(measured["sliding window 16 + 2 sinks, untrained"], rel=1e-6)
     path = recipe(attention={"preset": "augmented"}, transfer=None, finetune=None, medusa=None, export=None)
     converted(linearize, path)
-    models = state(tmp_path / "run", "evaluate")["metrics"]["models"]
+    models = perplexities(tmp_path / "run")
     assert models["installed"] == pytest.approx(models["sliding window 64 + 4 sinks, untrained"], rel=1e-6)
-    assert measured["models"]["teacher (softmax)"] == pytest.approx(models["teacher (softmax)"], rel=1e-6)
-    assert measured["ablations"]["full"] == measured["models"]["after finetune"]
 
 
 def test_training_lowers_the_losses(finished):
@@ -104,11 +110,10 @@ def test_another_recipe_is_refused_and_nothing_lost(linearize, finished):
 def test_from_redoes_a_stage_and_those_after_it(linearize, tmp_path, recipe):
     path = recipe(medusa=None, finetune=None)
     converted(linearize, path)
-    before = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
+    before = perplexities(tmp_path / "run")
     converted(linearize, path, "transfer.steps=3", "--from", "transfer")
-    after = {stage: state(tmp_path / "run", stage) for stage in ("transfer", "evaluate")}
-    assert len(after["transfer"]["metrics"]["loss"]) == 3
-    assert before["evaluate"]["metrics"]["models"] != after["evaluate"]["metrics"]["models"]
+    assert len(state(tmp_path / "run", "transfer")["metrics"]["loss"]) == 3
+    assert before != perplexities(tmp_path / "run")
 
 
 def test_only_needs_the_stages_before(linearize, recipe):
@@ -122,9 +127,26 @@ def test_only_needs_the_stages_before(linearize, recipe):
     assert "needs stage transfer first" in result.stderr
 
 
+# Everything that draws, and that changes with the steps.
+RANDOM = ["recall=0.5", "position_offset=100", "curriculum=[{length: 32, share: 0.5}, {length: 64, share: 0.5}]"]
+ALL_OPTIONS = {
+    "transfer": [
+        *RANDOM,
+        "window_dropout=0.9",
+        "objectives={output_mse: 1.0, linear_mse: 0.5, weights_kl: 0.1, far_mass: 0.5}",
+        "layers={0: {lr: 3e-3, steps: 50}}",
+    ],
+    "finetune": [*RANDOM, "attention_lr=3e-3", "distill=0.5", "micro_batch_size=1", "length=128"],
+}
+
+
 @pytest.mark.parametrize("stage", ["transfer", "finetune"])
-def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, stage):
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=["default", "all options"])
+def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, stage, options):
     changes = [f"{stage}.steps=60", "medusa=null", "export=null", *(["finetune=null"] if stage == "transfer" else [])]
+    changes += [f"{stage}.{option}" for option in options.get(stage, [])]
+    # Learned maps of rotated keys are what an offset of the positions changes.
+    changes += ["attention.rope=after"] if options else []
     path = recipe()
     converted(linearize, path, *changes, "--out", tmp_path / "whole")
 
@@ -149,7 +171,7 @@ def test_killed_and_resumed_equals_uninterrupted(linearize, recipe, tmp_path, st
     assert whole == resumed
     saved = [load_file(tmp_path / name / stage / "weights.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
-    results = [state(tmp_path / name, "evaluate")["metrics"]["models"] for name in ("whole", "killed")]
+    results = [perplexities(tmp_path / name) for name in ("whole", "killed")]
     assert results[0] == results[1]
 
 
@@ -229,9 +251,12 @@ def test_export_carries_what_people_look_for(finished):
     model = run / "export" / "model"
     card = (model / "README.md").read_text()
     metrics = json.loads((model / "metrics.json").read_text())
-    perplexity = metrics["evaluate"]["models"]["after finetune"]
+    measured = metrics["evaluate"]["models"]["after finetune"]
     assert "base_model: somebody/tiny" in card and "license: mit" in card
-    assert f"| after finetune | {perplexity:.2f} |" in card
+    short, long = (f"{measured['text'][length]['perplexity']:.2f}" for length in ("64", "128"))
+    sizes = {"copying": "32", "passkey": "100", "recall": "4"}
+    shares = [f"{measured[name][size]['accuracy']:.0%}" for name, size in sizes.items()]
+    assert f"| after finetune | {' | '.join([short, long, *shares])} |" in card
     names = {path.name for path in model.iterdir()}
     assert {"model.safetensors", "recipe.yaml", "generation_config.json", "medusa_heads.safetensors"} <= names
     assert not any("lora" in name for name in load_file(model / "model.safetensors"))
@@ -265,9 +290,29 @@ def test_chat_and_evaluate_on_the_export(linearize, finished):
     told = json.loads(linearize("chat", run, "--prompt", "the and of", "--max-new-tokens", 8, "--json").stdout)
     plan = json.loads((run / "plan.json").read_text())
     assert isinstance(told["reply"], str) and told["cache_bytes"] == plan["state_bytes"]
-    result = linearize("evaluate", run, "--tokens", 256, "--length", 128, "--json")
-    measured = json.loads(result.stdout)["perplexity"]
-    assert measured == pytest.approx(state(run, "evaluate")["metrics"]["ablations"], rel=1e-4)
+    options = ["--copying", 32, "--passkey", 100, "--recall", 4]
+    result = linearize("evaluate", run, "--tokens", 256, "--lengths", 64, "--lengths", 128, *options, "--json")
+    assert result.code == 0, result.stderr
+    measured, expected = json.loads(result.stdout), state(run, "evaluate")["metrics"]
+    for name, figures in {**expected["ablations"], "linearized": expected["models"]["after finetune"]}.items():
+        again = (measured["ablations"] | measured["models"])[name]
+        assert again.keys() == figures.keys()
+        for length, text in figures["text"].items():
+            # Merging the adapters rounds once more.
+            assert again["text"][length]["perplexity"] == pytest.approx(text["perplexity"], rel=1e-4)
+
+
+def test_evaluate_on_a_softmax_model(linearize, finished, tiny_model):
+    run, *_ = finished
+    options = ["--tokens", 256, "--lengths", 64, "--lengths", 128, "--copying", 0]
+    result = linearize("evaluate", tiny_model, *options, "--json")
+    assert result.code == 0, result.stderr
+    (teacher,) = json.loads(result.stdout)["models"].values()
+    expected = state(run, "evaluate")["metrics"]["models"]["teacher (softmax)"]
+    for length in ("64", "128"):
+        assert teacher["text"][length]["perplexity"] == pytest.approx(expected["text"][length]["perplexity"], rel=1e-6)
+    shown = linearize("evaluate", tiny_model, *options).stdout
+    assert f"{expected['text']['128']['perplexity']:.2f} (1.00)" in shown
 
 
 def test_check_recipes_and_env_speak_json(linearize, recipe):
@@ -280,6 +325,47 @@ def test_check_recipes_and_env_speak_json(linearize, recipe):
     assert plan["kv_bytes"]["2048"] == 2 * 2 * 2 * 8 * 4 * 2048
     assert "demo" in json.loads(linearize("recipes", "--json").stdout)
     assert json.loads(linearize("env", "--json").stdout)["linear attention backends"]
+
+
+def test_plan_counts_the_tokens_of_every_phase(linearize, recipe):
+    phases = "curriculum=[{length: 32, share: 0.5}, {length: 128, share: 0.5}]"
+    plan = json.loads(linearize("check", recipe(), f"transfer.{phases}", f"finetune.{phases}", "--json").stdout)
+    assert [stage["tokens"] for stage in plan["stages"]] == [6 * 2 * 64, 6 * 2 * 64, 4 * 2 * 64]
+
+
+def weights_of(run: Path, stage: str, layer: int) -> dict[str, torch.Tensor]:
+    """What the stage left of a layer's linear attention, by the parameter's own name."""
+    mark = f".layers.{layer}.self_attn.linear_attention."
+    saved = load_file(run / stage / "weights.safetensors")
+    return {name.split(mark)[1]: weight for name, weight in saved.items() if mark in name}
+
+
+def moved(before: dict, after: dict) -> bool:
+    return any((before[name] - after[name]).abs().max() > 1e-4 for name in before)
+
+
+def test_layers_have_their_own_learning_rates_and_steps(linearize, recipe, tmp_path):
+    path = recipe(finetune=None, medusa=None, evaluate=None, export=None)
+    common = ["transfer.schedule=constant", "transfer.weight_decay=0.1"]
+    converted(linearize, path, *common, "transfer.steps=3", "--out", tmp_path / "short")
+    converted(linearize, path, *common, "transfer.layers={0: {steps: 3}, 1: {lr: 1e-12}}", "--out", tmp_path / "long")
+    short, long, start = tmp_path / "short", tmp_path / "long", tmp_path / "long"
+    # Layer 0 is after 6 steps what it was after 3, in spite of momentum and weight decay.
+    stopped, expected = (weights_of(run, "transfer", 0) for run in (long, short))
+    assert all(torch.equal(stopped[name], expected[name]) for name in expected)
+    assert moved(weights_of(start, "install", 1), weights_of(short, "transfer", 1))
+    assert not moved(weights_of(start, "install", 1), weights_of(long, "transfer", 1))
+    assert list(state(long, "transfer")["metrics"]["last_loss_of_layer"]) == ["1"]
+
+
+def test_attention_has_its_own_learning_rate_in_finetuning(linearize, recipe, tmp_path):
+    path = recipe(medusa=None, evaluate=None, export=None)
+    converted(linearize, path)
+    assert moved(*(weights_of(tmp_path / "run", stage, 0) for stage in ("transfer", "finetune")))
+    converted(linearize, path, "finetune.attention_lr=1e-12", "--from", "finetune")
+    assert not moved(*(weights_of(tmp_path / "run", stage, 0) for stage in ("transfer", "finetune")))
+    saved = load_file(tmp_path / "run" / "finetune" / "weights.safetensors")
+    assert any(weight.abs().max() > 1e-3 for name, weight in saved.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("preset", ["augmented-icml", "lolcats", "hedgehog", "t2r", "swa"])
@@ -300,9 +386,22 @@ def test_full_finetune(linearize, recipe, tmp_path):
     assert "model.embed_tokens.weight" in load_file(tmp_path / "run" / "finetune" / "weights.safetensors")
 
 
+def test_stages_begin_from_what_install_saved(linearize, recipe, tmp_path):
+    path = recipe()
+    for stage in ("load", "install"):
+        assert linearize("convert", path, "--only", stage).code == 0
+    context = Context(load_recipe(str(path)), tmp_path / "run", Console(quiet=True))
+    directory = context.stage_directory("install")
+    other = {name: value + 1 for name, value in load_file(directory / "weights.safetensors").items()}
+    save_weights(other, directory)
+    parameters = dict(model_after(context, "install").named_parameters())
+    assert other and all(torch.equal(parameters[name], value) for name, value in other.items())
+
+
 def test_half_precision_keeps_masters_in_fp32(linearize, recipe, tmp_path):
     path = recipe(medusa=None)
     precise = ["transfer.bf16=true", "finetune.bf16=true", "model.dtype=bfloat16", "export.dtype=bfloat16"]
+    precise += ["transfer.objectives={linear_mse: 1.0, weights_kl: 1.0, far_mass: 1.0}", "finetune.distill=0.5"]
     converted(linearize, path, *precise)
     run = tmp_path / "run"
     losses = state(run, "transfer")["metrics"]["loss"] + state(run, "finetune")["metrics"]["loss"]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from linearize.convert.data import PackedDataset, check_tokenizer, documents, pack
+from linearize.convert.context import StageError
+from linearize.convert.data import PackedDataset, check_tokenizer, documents, pack, token_stream
 from linearize.recipes.schema import DataSource
 
 WORDS = ["<unk>", "<eos>", "<bos>", "user", "assistant", "system", "a", "b", "c"]
@@ -172,6 +173,17 @@ def test_packed_dataset_raises_what_its_data_raise(write, tokenizer):
         PackedDataset([DataSource(source=write("x.txt", "a"))], tokenizer, length=4, size=1)
     with pytest.raises(ValueError, match="has no documents$"):
         PackedDataset([DataSource(source=write("y.txt", " "))], tokenizer, length=4, size=1)
+
+
+def test_token_stream_joins_documents_as_they_come(write, tokenizer):
+    first = DataSource(source=write("1.txt", "a b\fc"))
+    second = DataSource(source=write("2.txt", "b c b"))
+    joined = [A, B, EOS, B, C, B, EOS, C, EOS]
+    assert token_stream("data.heldout", [first, second], tokenizer, 100).tolist() == joined
+    assert token_stream("data.heldout", [first, second], tokenizer, 4).tolist() == joined[:4]
+    blank = DataSource(source=write("blank.txt", " \n"))
+    with pytest.raises(StageError, match="data.heldout: .*blank.txt has no documents"):
+        token_stream("data.heldout", [blank], tokenizer, 4)
 
 
 def test_check_tokenizer(tokenizer):

@@ -8,12 +8,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from linearize.convert.models import LINEAR, train_only
 from linearize.convert.transfer import IMPLEMENTATION as TRANSFER
-from linearize.convert.transfer import OutputMSE
+from linearize.convert.transfer import AttentionTransfer
 from linearize.hub.export import export_model
 from linearize.layers.attention import LinearAttention
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import IMPLEMENTATION, UnsupportedModelError, install
+from linearize.recipes.training import TransferSection
 
 from .families import FAMILIES, PAD, PARTLY_ROTARY, VOCAB, WITHOUT_ROTARY, tiny_model
 
@@ -193,7 +194,9 @@ def test_transfer_step(family, softmax):
     model.set_attn_implementation(TRANSFER)
     ids = text(2, 40)
     positions = torch.arange(40).expand(2, -1)
-    loss = OutputMSE().loss(model, {"input_ids": ids, "position_ids": positions}, 1)
+    loss = AttentionTransfer(TransferSection(steps=1), seed=0).loss(
+        model, {"input_ids": ids, "position_ids": positions}, 1, 0
+    )
     assert 0 < loss.item() < float("inf")
     for name, parameter in model.named_parameters():
         if LINEAR in name:

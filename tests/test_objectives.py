@@ -1,9 +1,13 @@
 """What the stages minimise: whose teacher, which labels, and no dropout where a frozen model teaches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from linearize.convert import finetune
 from linearize.convert.finetune import NextTokenAndDistillation
 from linearize.convert.medusa import MedusaModel
 from linearize.convert.models import prepare_finetune
@@ -39,7 +43,7 @@ def test_distillation_is_zero_where_student_and_teacher_are_one(batch):
     """A window wider than the text and adapters that start at zero change nothing."""
     section = FinetuneSection(steps=1, next_token=0.0, distill=1.0)
     model = prepare_finetune(install(llama(), WIDE), section)
-    assert NextTokenAndDistillation(section).loss(model.train(), batch, 1).item() == pytest.approx(0, abs=1e-6)
+    assert NextTokenAndDistillation(section).loss(model.train(), batch, 1, 0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
@@ -54,7 +58,103 @@ def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     torch.testing.assert_close(objective._teacher_logits(model, inputs), softmax(**inputs).logits)
     assert model.training and model.config._attn_implementation == IMPLEMENTATION
-    assert objective.loss(model, batch, 1).item() > 0.01
+    assert objective.loss(model, batch, 1, 0).item() > 0.01
+
+
+class Wrapper(nn.Module):
+    """A model as distributed launches wrap it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_distillation_under_a_wrapper(batch):
+    section = FinetuneSection(steps=1, distill=1.0)
+    model = prepare_finetune(install(llama(), LinearAttentionConfig(window_size=4, sinks=1)), section).train()
+    # Dropout would not be the same twice.
+    for module in model.modules():
+        module.attention_dropout = 0.0
+    losses = [NextTokenAndDistillation(section).loss(each, batch, 1, 0) for each in (model, Wrapper(model))]
+    assert torch.equal(*losses)
+
+
+def gradients(loss, model):
+    """The loss, and the gradient of every trainable parameter."""
+    model.zero_grad()
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("next_token", "distill"), [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+def test_loss_in_chunks_is_the_loss(batch, monkeypatch, next_token, distill):
+    """Sums of 80 terms in another order: 1e-6 in fp32."""
+    monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 7)
+    section = FinetuneSection(steps=1, next_token=next_token, distill=distill)
+    softmax = llama().eval()
+    model = prepare_finetune(install(llama(), LinearAttentionConfig(window_size=4, sinks=1)), section)
+    # Dropout would not be the same twice.
+    for module in model.modules():
+        module.attention_dropout = 0.0
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    logits = model.train()(**inputs).logits[:, :-1].flatten(0, 1)
+    labels = batch["labels"][:, 1:].flatten()
+    learned = labels != -100
+    with torch.no_grad():
+        teacher = softmax(**inputs).logits[:, :-1].flatten(0, 1)
+    cross_entropy = nn.functional.cross_entropy(logits, labels)
+    divergence = nn.functional.kl_div(
+        logits[learned].log_softmax(-1), teacher[learned].log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    expected = gradients(next_token * cross_entropy + distill * divergence, model)
+    actual = gradients(NextTokenAndDistillation(section).loss(model, batch, 1, 0), model)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_without_labels_has_no_loss(batch):
+    section = FinetuneSection(steps=1)
+    model = prepare_finetune(install(llama(), WIDE), section)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert NextTokenAndDistillation(section).loss(model, batch, 1, 0).item() == 0
+
+
+class Logits(nn.Module):
+    """A model that is nothing but its logits."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.logits = nn.Parameter(torch.randn(1, tokens, 1000, generator=generator))
+
+    def forward(self, **inputs):
+        return SimpleNamespace(logits=self.logits.bfloat16())
+
+
+def test_memory_of_the_loss_is_the_logits_and_one_chunk(monkeypatch):
+    """Held for the backward pass: the logits as they came; while it runs: fp32 copies of so many tokens."""
+    monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 10)
+    objective = NextTokenAndDistillation(FinetuneSection(steps=1, distill=1.0))
+    monkeypatch.setattr(objective, "_teacher_logits", lambda model, inputs: model(**inputs).logits.detach())
+    labels = torch.arange(200).view(1, -1)
+    saved = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model = Logits(200)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = objective.loss(model, {"input_ids": labels, "position_ids": labels, "labels": labels}, 1, 0)
+    # Student and teacher in bf16, and the labels.
+    assert sum(saved.values()) < 1.1 * 2 * model.logits.numel() * 2
+    loss.backward()
+    assert model.logits.grad.abs().sum() > 0
 
 
 def test_medusa_head_predicts_the_token_after_the_next(batch):

@@ -115,7 +115,9 @@ def test_round_trip(tmp_path_factory, name, alpha, preset):
     assert load_recipe(str(path)) == recipe
 
 
-@pytest.mark.parametrize("name", ["1e-2", "1e5", "null", "yes", "12", "a: b", "ü"])
+@pytest.mark.parametrize(
+    "name", ["1e-2", "1e5", "null", "yes", "12", "a: b", "ü", " ", "\\x85", "a\\u2028b", "a\\n\\nb\\n"]
+)
 def test_names_that_look_like_something_else_round_trip(recipe, name):
     loaded = load_recipe(recipe(), [f'name="{name}"'])
     assert load_recipe(recipe(base=dump_recipe(loaded))) == loaded
@@ -124,6 +126,17 @@ def test_names_that_look_like_something_else_round_trip(recipe, name):
 def test_numbers_without_a_point(recipe):
     assert load_recipe(recipe("transfer: {steps: 1, lr: 1e-2}\n")).transfer.lr == 0.01
     assert load_recipe(recipe("transfer: {steps: 1}\n"), ["transfer.lr=5E-4"]).transfer.lr == 5e-4
+
+
+def test_layers_and_phases(recipe):
+    text = "transfer:\n  steps: 10\n  lr: 0.5\n  layers: {0-3: {lr: 0.1, steps: 4}, 6: {steps: 5}}\n"
+    text += "  curriculum: [{length: 512, share: 0.3}, {length: 2048, share: 0.7}]\n"
+    loaded = load_recipe(recipe(text), ["transfer.layers.5.lr=0.2"])
+    layers = [loaded.transfer.layer(index) for index in range(8)]
+    assert layers == [(0.1, 4)] * 4 + [(0.5, 10), (0.2, 10), (0.5, 5), (0.5, 10)]
+    assert loaded.transfer.phases == [(3, 512), (7, 2048)]
+    assert loaded.transfer.tokens_per_pass == 8192
+    assert load_recipe(recipe(base=dump_recipe(loaded))) == loaded
 
 
 def test_overrides(recipe):
@@ -185,10 +198,114 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         ("finetune: {steps: 1, targets: []}\n", "7: finetune.targets: expected at least one entry, got an empty list"),
         ("finetune: {steps: 1, targets: q_proj}\n", "7: finetune.targets: expected a list, got 'q_proj'"),
         ("finetune: {steps: 1, deepspeed: ds.json}\n", "7: finetune.deepspeed: no such file: ds.json"),
+        (
+            "finetune: {steps: 1, attention_lr: 1e-3, train_attention: false}\n",
+            "7: finetune.attention_lr: train_attention is false, so no attention layer has a learning rate",
+        ),
+        ("finetune: {steps: 1, attention_lr: 0}\n", "7: finetune.attention_lr: expected more than 0, got 0"),
+        (
+            "transfer:\n  steps: 1\n  objectives:\n    output_mse: 0\n",
+            "9: transfer.objectives: all weights are 0, so there is no loss; give one of them a weight",
+        ),
+        (
+            "transfer:\n  steps: 1\n  objectives:\n    far_mas: 1\n",
+            "10: transfer.objectives.far_mas: unknown field, did you mean far_mass?",
+        ),
+        (
+            "transfer: {steps: 1, objectives: {linear_mse: -1}}\n",
+            "7: transfer.objectives.linear_mse: expected 0 or more, got -1",
+        ),
+        (
+            "attention: {preset: augmented-icml}\ntransfer: {steps: 1, objectives: {weights_kl: 1}}\n",
+            "8: transfer.objectives: weights_kl needs attention weights, which combine: sum does not have; use shared",
+        ),
+        (
+            "attention: {preset: swa, conv_taps: 4}\ntransfer: {steps: 1, objectives: {linear_mse: 1}}\n",
+            "8: transfer.objectives: linear_mse needs a linear branch, but feature_map is null",
+        ),
+        (
+            "attention: {window: terrace, window_size: 256}\ntransfer: {steps: 1, objectives: {far_mass: 1}}\n",
+            "8: transfer.objectives: far_mass looks at the first 512 tokens of a sequence, all of which this window "
+            "keeps near",
+        ),
+        ("transfer: {steps: 1, window_dropout: 2}\n", "7: transfer.window_dropout: expected 1 or less, got 2"),
+        (
+            "transfer: {steps: 1, window_dropout: 0.5, objectives: {output_mse: 0, linear_mse: 1}}\n",
+            "7: transfer.window_dropout: it is for output_mse, whose weight is 0",
+        ),
+        (
+            "attention: {preset: hedgehog}\ntransfer: {steps: 1, window_dropout: 0.5}\n",
+            "8: transfer.window_dropout: this attention has no window to drop (window: null)",
+        ),
+        (
+            "attention: {preset: swa, conv_taps: 4}\ntransfer: {steps: 1, window_dropout: 0.5}\n",
+            "8: transfer.window_dropout: this attention has no linear branch (feature_map: null)",
+        ),
+        (
+            "attention: {state: delta}\ntransfer: {steps: 1, window_dropout: 0.5}\n",
+            "8: transfer.window_dropout: takes the linear branch alone, whose mass under state: delta may be 0, so it "
+            "cannot be the denominator; use another state, or combine: sum",
+        ),
+        (
+            "attention: {state: delta}\ntransfer: {steps: 1, objectives: {linear_mse: 1}}\n",
+            "8: transfer.objectives: linear_mse takes the linear branch alone, whose mass under state: delta may be "
+            "0, so it cannot be the denominator; use another state, or combine: sum",
+        ),
+        (
+            "transfer:\n  steps: 9\n  layers:\n    0-3: {lr: 1e-3}\n    3: {steps: 2}\n",
+            "9: transfer.layers: 0-3 and 3 both name layer 3",
+        ),
+        (
+            "transfer: {steps: 9, layers: {3-1: {lr: 1e-3}}}\n",
+            "7: transfer.layers: '3-1' names no layers; write 5, or 0-3 for layers 0 to 3",
+        ),
+        (
+            "transfer: {steps: 9, layers: {0-3: {steps: 10}}}\n",
+            "7: transfer.layers: 0-3 has 10 steps, more than the stage's 9",
+        ),
+        (
+            "transfer:\n  steps: 9\n  layers:\n    0-3:\n      lrr: 1\n",
+            "11: transfer.layers.0-3.lrr: unknown field, did you mean lr?",
+        ),
+        (
+            "transfer:\n  steps: 9\n  curriculum:\n    - length: 512\n      shar: 1.0\n      share: 1.0\n",
+            "11: transfer.curriculum.0.shar: unknown field, did you mean share?",
+        ),
+        (
+            "transfer: {steps: 9, curriculum: [{length: 512, share: 0.5}]}\n",
+            "7: transfer.curriculum: the shares sum to 0.5, not to 1",
+        ),
+        (
+            "transfer: {steps: 9, micro_batch_size: 1, curriculum: [{length: 2048, share: 1}]}\n",
+            "7: transfer.curriculum: sequences of 2048 do not fill the 1024 tokens of a forward pass "
+            "(micro_batch_size, or else batch_size, times length)",
+        ),
+        (
+            "transfer: {steps: 2, curriculum: [{length: 512, share: 0.1}, {length: 1024, share: 0.9}]}\n",
+            "7: transfer.curriculum: 2 steps are too few, a phase would get none",
+        ),
+        ("finetune: {steps: 1, recall: 1.5}\n", "7: finetune.recall: expected 1 or less, got 1.5"),
+        ("finetune: {steps: 1, position_offset: -1}\n", "7: finetune.position_offset: expected 0 or more, got -1"),
         ("medusa: {steps: 1, heads: 0}\n", "7: medusa.heads: expected more than 0, got 0"),
         (
             "evaluate: {tokens: 100}\n",
-            "7: evaluate.length: one sequence of 1024 is longer than the 100 tokens to measure on",
+            "7: evaluate.lengths: 1024 tokens are more than the 100 to measure on",
+        ),
+        (
+            "evaluate: {tokens: 1024}\n",
+            "7: evaluate.copying: 4 times 512 tokens are more than the 1024 to measure on",
+        ),
+        (
+            "evaluate: {passkey: [9000]}\n",
+            "7: evaluate.passkey: 9000 tokens are more than the 8192 to measure on",
+        ),
+        (
+            "evaluate: {tuned_teacher: true}\n",
+            "7: evaluate.tuned_teacher: needs the section finetune, which says how to tune it",
+        ),
+        (
+            "finetune: {steps: 1, next_token: 0, distill: 1}\nevaluate: {tuned_teacher: true}\n",
+            "8: evaluate.tuned_teacher: with finetune.next_token 0 the teacher would learn from itself alone",
         ),
         (
             "export: {max_shard_size: large}\n",

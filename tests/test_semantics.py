@@ -192,10 +192,15 @@ def draw_config(draw, window, feature_maps, norms=("sum", "count", "rms", "none"
         state=draw(st.sampled_from(states)),
         combine=combine,
         norm=norm,
-        far_weight=draw(st.sampled_from(["one", "learned"])),
+        far_weight=draw(st.sampled_from(["one", "learned", "query"])),
         conv_taps=draw(st.integers(0, 5)),
         slack=draw(st.integers(0, 6)),
     )
+
+
+def draw_kept(draw):
+    """Key heads that stay softmax: none, one or all."""
+    return draw(st.sampled_from([(), (0,), (1,), (0, 1)]))
 
 
 def draw_segments(draw, batch, length):
@@ -234,7 +239,7 @@ def check_one_semantics(draw, config, dtype, tolerance):
     seed = draw(st.integers(0, 2**32 - 1))
     batch, length = draw(st.integers(1, 3)), draw_length(draw, config)
     x = Sequence.random(batch, length, seed, dtype, draw_segments(draw, batch, length))
-    layer = make_layer(config, seed, dtype, "reference")
+    layer = make_layer(config, seed, dtype, "reference", draw_kept(draw))
     expected = run(layer, x)
 
     def same(actual, name):
@@ -298,7 +303,7 @@ def test_tree_is_its_branches(window, data):
     seed = draw(st.integers(0, 2**32 - 1))
     batch = draw(st.integers(1, 3))
     length = draw(st.integers(1, 5 * config.window_size + 5))
-    layer = make_layer(config, seed)
+    layer = make_layer(config, seed, kept=draw_kept(draw))
     cache = LinearCacheLayer(config)
     prefix = Sequence.random(batch, length, seed, segments=draw_segments(draw, batch, length))
     run_split(layer, prefix, draw_ends(draw, length), cache)

@@ -1,13 +1,16 @@
 """Attention transfer: layer-local gradients, the teacher's own output, memory of one layer at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from linearize.convert.models import LINEAR, train_only
-from linearize.convert.transfer import IMPLEMENTATION, OutputMSE
+from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, Task
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
+from linearize.recipes.training import TransferSection
 
 SMALL = {
     "vocab_size": 64,
@@ -17,6 +20,7 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4)
+TRANSFER = AttentionTransfer(TransferSection(steps=1), seed=0)
 
 
 def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalLM:
@@ -26,7 +30,7 @@ def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalL
     train_only(model, lambda name: LINEAR in name)
     model.set_attn_implementation(IMPLEMENTATION)
     for layer in model.linear_attentions().values():
-        layer.accumulation = 1
+        layer.task = Task({"output_mse": 1.0})
     return model
 
 
@@ -53,9 +57,24 @@ def test_a_sliding_window_of_the_teacher_is_kept():
     torch.testing.assert_close(hidden, model.base_model(**data, use_cache=False).last_hidden_state)
 
 
+@pytest.mark.parametrize("rope", ["before", "after"])
+def test_an_offset_of_the_positions_changes_maps_of_rotated_keys_alone(rope):
+    """The teacher and the documents are the same; its angles at 300 are rounded to 1e-5."""
+    data = batch()
+    moved = {**data, "position_ids": data["position_ids"] + 300}
+    model = transfer_model(config=replace(CONFIG, rope=rope))
+    hidden = [model.base_model(**inputs, use_cache=False).last_hidden_state for inputs in (data, moved)]
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for layer in model.linear_attentions().values():
+            layer.lam.fill_(1.0)
+    losses = [TRANSFER.loss(model, inputs, 1, 0).item() for inputs in (data, moved)]
+    assert (abs(losses[0] - losses[1]) < 1e-5 * losses[0]) == (rope == "before")
+
+
 def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
     model = transfer_model()
-    OutputMSE().loss(model, batch(), 1)
+    TRANSFER.loss(model, batch(), 1, 0)
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all((LINEAR in name) == (grad is not None) for name, grad in grads.items())
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
@@ -63,7 +82,7 @@ def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
     with torch.no_grad():
         model.linear_attentions()[0].lam.fill_(5.0)
     model.zero_grad()
-    OutputMSE().loss(model, batch(), 1)
+    TRANSFER.loss(model, batch(), 1, 0)
     for name, parameter in model.named_parameters():
         if name.startswith("model.layers.1.") and LINEAR in name:
             torch.testing.assert_close(parameter.grad, grads[name])
@@ -72,12 +91,12 @@ def test_only_the_new_parameters_get_gradients_and_each_from_its_own_layer():
 def test_mini_batches_add_up():
     data = batch(rows=4)
     model = transfer_model()
-    errors = [OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 2) for i in (0, 2)]
+    errors = [TRANSFER.loss(model, {k: v[i : i + 2] for k, v in data.items()}, 2, 0) for i in (0, 2)]
     summed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     singles = []
     for i in (0, 2):
         model.zero_grad()
-        OutputMSE().loss(model, {k: v[i : i + 2] for k, v in data.items()}, 1)
+        TRANSFER.loss(model, {k: v[i : i + 2] for k, v in data.items()}, 1, 0)
         singles.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for name, grad in summed.items():
         torch.testing.assert_close(grad, (singles[0][name] + singles[1][name]) / 2)
@@ -92,13 +111,13 @@ def test_training_lowers_the_error_of_every_layer(preset):
     data = batch(length=384)
 
     def errors():
-        return torch.stack([layer.transfer_error for layer in model.linear_attentions().values()])
+        return torch.stack([layer.task.loss for layer in model.linear_attentions().values()])
 
-    OutputMSE().loss(model, data, 1)
+    TRANSFER.loss(model, data, 1, 0)
     first = errors()
     for _ in range(20):
         optimizer.zero_grad()
-        OutputMSE().loss(model, data, 1)
+        TRANSFER.loss(model, data, 1, 0)
         optimizer.step()
     assert (errors() < first).all()
 
@@ -120,7 +139,7 @@ def saved_at_once(layers: int) -> int:
             held -= self.size
 
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        OutputMSE().loss(model, data, 1)
+        TRANSFER.loss(model, data, 1, 0)
     assert held == 0
     return most
 

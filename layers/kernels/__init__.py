@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import LinearAttentionConfig
-from ..tokens import Tokens
+from ..tokens import Tokens, visible_keys
 from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
@@ -61,7 +61,7 @@ def reference(problem: Problem) -> Tensor:
     order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device).tril()
     if problem.ancestors is not None:
         order[past:, past:] = problem.ancestors
-    seen = order & keys.valid[:, None, :] & (keys.document[:, :, None] == keys.document[:, None, :])
+    seen = visible_keys(keys, total, order) & keys.valid[:, None, :]
     visible = seen[:, past:]
     document = keys.document[:, past:]
     u = G = G_q = None

@@ -1,0 +1,64 @@
+"""What a recipe may say about attention: the layer that replaces softmax, and the heads that stay softmax."""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.recipes.fields import Positive, Section, TextKeys
+
+_attention_fields = {field.name: (field.type, field.default) for field in fields(LinearAttentionConfig)}
+
+
+class AttentionSection(create_model("_AttentionFields", __base__=Section, **_attention_fields)):
+    """A preset and what differs from it: `preset` plus any field of `LinearAttentionConfig`."""
+
+    preset: Literal[*PRESETS] = "augmented"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset", cls.model_fields["preset"].default)
+        known = isinstance(preset, str) and preset in PRESETS
+        return {**PRESETS[preset].to_dict(), **value} if known else value
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> "AttentionSection":
+        _ = self.config
+        return self
+
+    @property
+    def config(self) -> LinearAttentionConfig:
+        """The layer's configuration, preset and overrides merged."""
+        return LinearAttentionConfig(**self.model_dump(exclude={"preset"}))
+
+
+Indices = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class KeepSection(Section):
+    """Key heads that stay softmax, with the query heads of their group; exactly one of the first three says which.
+
+    Attributes:
+        kv_budget: share of the model's key heads, i.e. of its KV cache, rounded down; which ones is measured.
+        layers: all heads of the layers of these indices.
+        heads: layer index -> key heads.
+        texts: texts of the training data to measure on.
+        length: tokens of each of them; they are read twice in a row.
+    """
+
+    kv_budget: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layers: Indices | None = None
+    heads: Annotated[dict[str, Indices], TextKeys, Field(min_length=1)] | None = None
+    texts: Positive = 4
+    length: Annotated[int, Field(ge=2)] = 512
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "KeepSection":
+        given = [name for name in ("kv_budget", "layers", "heads") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of kv_budget, layers and heads, not {' and '.join(given) or 'none'}")
+        return self

@@ -1,0 +1,170 @@
+"""Training data: micro batches that are functions of the seed and their number."""
+
+import random
+from collections import Counter
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linearize.convert.batches import TrainingBatches, read_evenly, repeat_a_part
+from linearize.convert.data import pack
+from linearize.recipes.training import Training
+
+
+def batches(documents, seed=0, processes=1, **section):
+    return TrainingBatches([iter(documents)], Training(**{"lr": 1.0, **section}), seed, processes)
+
+
+def corpus(*sizes):
+    """Documents of tokens that are all different."""
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=10),
+    length=st.integers(2, 12),
+    steps=st.integers(1, 4),
+    micro=st.sampled_from([None, 1, 2]),
+)
+def test_without_a_curriculum_they_are_the_packed_sequences_shuffled_over_and_over(sizes, length, steps, micro):
+    section = {"length": length, "steps": steps, "batch_size": 2, "micro_batch_size": micro}
+    if sum(sizes) < length:
+        with pytest.raises(ValueError, match=f"^the data has {sum(sizes)} tokens, but one sequence needs {length}$"):
+            batches(corpus(*sizes), **section)
+        return
+    sequences = list(pack(corpus(*sizes), length))
+    data = batches(corpus(*sizes), **section)
+    rows = [{name: x[row] for name, x in data[i].items()} for i in range(len(data)) for row in range(micro or 2)]
+    assert len(rows) == steps * 2
+    # Tokens are all different, so the first one tells the sequence.
+    place = {sequence["input_ids"][0].item(): i for i, sequence in enumerate(sequences)}
+    order = [place[row["input_ids"][0].item()] for row in rows]
+    assert all(same(row, sequences[i]) for row, i in zip(rows, order, strict=True))
+    assert len(set(order[: len(sequences)])) == min(len(sequences), len(rows))
+    assert all(again == before for again, before in zip(order[len(sequences) :], order, strict=False))
+
+
+def test_a_curriculum_reads_on_with_the_same_tokens_per_step():
+    phases = [{"length": 4, "share": 0.5}, {"length": 16, "share": 0.25}, {"length": 8, "share": 0.25}]
+    data = batches(corpus(256), steps=8, batch_size=4, micro_batch_size=2, length=8, curriculum=phases)
+    assert [tuple(item["input_ids"].shape) for item in data] == [(4, 4)] * 8 + [(1, 16)] * 4 + [(2, 8)] * 4
+    read = torch.cat([item["input_ids"].flatten() for item in data])
+    assert sorted(read.tolist()) == list(range(8 * 32))
+    # Shorter sequences are cut from shuffled ones of the longest phase.
+    assert all(torch.equal(x, x[0] + torch.arange(16)) and x[0] % 16 == 0 for x in read.split(16))
+    assert all((item["position_ids"][:, 0] == 0).all() and (item["labels"][:, 0] == -100).all() for item in data)
+
+
+def test_a_curriculum_over_few_tokens_begins_them_again():
+    phases = [{"length": 2, "share": 0.5}, {"length": 8, "share": 0.5}]
+    data = batches(corpus(11), steps=2, batch_size=1, length=8, curriculum=phases)
+    assert data[0]["input_ids"].flatten().tolist() == list(range(8))
+    assert data[1]["input_ids"].tolist() == [list(range(8))]
+
+
+def test_no_more_is_read_than_the_stage_needs():
+    def endless():
+        while True:
+            yield [1, 2, 3]
+
+    assert len(batches(endless(), steps=3, batch_size=2, length=4)) == 3
+    numbers = count()
+    assert len(read_evenly([([next(numbers)] for _ in range(100))], 5)) == 5 and next(numbers) == 5
+    with pytest.raises(IndexError):
+        batches(endless(), steps=3, batch_size=2, length=4)[3]
+
+
+def test_sources_give_equal_shares_of_whole_documents():
+    def source(name, *sizes):
+        return iter([[name] * size for size in sizes])
+
+    def shares(*sources, tokens):
+        return dict(Counter(torch.cat(read_evenly(sources, tokens)).tolist()))
+
+    # A book is one document; the others still give their share.
+    assert shares(source(0, 90), source(1, *[10] * 9), source(2, *[2] * 40), tokens=60) == {0: 90, 1: 20, 2: 20}
+    # What one lacks comes from the others.
+    assert shares(source(0, 5), source(1, *[10] * 9), tokens=60) == {0: 5, 1: 60}
+    assert shares(source(0, 5), source(1, 10), tokens=60) == {0: 5, 1: 10}
+
+
+def test_sequences_come_from_everywhere_in_an_order_of_the_seed():
+    books = corpus(4000, 4000)
+    section = Training(lr=1.0, steps=20, batch_size=2, length=16)
+
+    def first_tokens(seed):
+        data = TrainingBatches([iter([book]) for book in books], section, seed)
+        return [row[0].item() for item in data for row in item["input_ids"]]
+
+    read = first_tokens(0)
+    assert read == first_tokens(0) != first_tokens(1)
+    assert len(set(read)) == 40 and read != sorted(read)
+    # 40 sequences fall on the 8 parts at random: a part left out has odds of 1 : 26.
+    assert len({token // 1000 for token in read}) >= 7
+
+
+def test_processes_share_the_steps():
+    phases = [{"length": 2, "share": 0.5}, {"length": 4, "share": 0.5}]
+    data = batches(corpus(100), processes=2, steps=4, batch_size=1, length=4, curriculum=phases)
+    assert [item["input_ids"].shape[1] for item in data] == [2] * 4 + [4] * 4
+
+
+def test_an_offset_moves_whole_sequences():
+    plain = batches(corpus(37, 90), steps=50, batch_size=2, length=16)
+    moved = batches(corpus(37, 90), steps=50, batch_size=2, length=16, position_offset=5)
+    offsets = []
+    for before, after in zip(plain, moved, strict=True):
+        offset = after["position_ids"] - before["position_ids"]
+        assert (offset == offset[:, :1]).all()
+        offsets += offset[:, 0].tolist()
+        assert torch.equal(before["labels"], after["labels"])
+    assert set(offsets) == set(range(6))
+
+
+def test_draws_depend_on_seed_and_place_alone():
+    section = {"steps": 20, "batch_size": 2, "length": 32, "recall": 0.5, "position_offset": 100}
+    one, again = batches(corpus(500), **section), batches(corpus(500), **section)
+    # In another order, as after an interruption.
+    assert all(same(again[i], one[i]) for i in reversed(range(20)))
+    other = batches(corpus(500), seed=1, **section)
+    assert not all(same(other[i], one[i]) for i in range(20))
+    # The third time over the same text, other parts of it are repeated.
+    few = batches(corpus(64), **section)
+    assert not same(few[0], few[1])
+
+
+@given(length=st.integers(2, 200), seed=st.integers(0, 1000))
+def test_a_part_is_repeated_further_on(length, seed):
+    original = torch.arange(length)
+    repeated = repeat_a_part(original, random.Random(seed))
+    changed = (repeated != original).nonzero().flatten()
+    first, last = changed[0].item(), changed[-1].item()
+    size = last - first + 1
+    assert max(1, length // 8) <= size <= length // 2
+    source = repeated[first].item()
+    assert torch.equal(repeated[first : last + 1], original[source : source + size])
+    # What is repeated stands there whole, before its repetition.
+    assert source + size <= first
+    assert torch.equal(repeated[source : source + size], original[source : source + size])
+
+
+def test_recall_sequences_are_one_document_and_as_many_as_asked():
+    documents = corpus(*[7] * 400)
+    plain = batches(documents, steps=100, batch_size=1, length=16)
+    mixed = batches(documents, steps=100, batch_size=1, length=16, recall=0.3)
+    count = 0
+    for before, after in zip(plain, mixed, strict=True):
+        if not same(before, after):
+            count += 1
+            assert after["position_ids"][0].tolist() == list(range(16))
+            assert after["labels"][0].tolist() == [-100, *after["input_ids"][0, 1:].tolist()]
+    # 100 draws at 0.3: five standard deviations are 23.
+    assert 7 < count < 53

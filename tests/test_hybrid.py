@@ -1,0 +1,256 @@
+"""Hybrids: heads that stay softmax beside linear ones, in the layer, in its cache, and in whole models."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from linearize.hub.export import export_model
+from linearize.layers.cache import LinearCache, LinearCacheLayer
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.seam import head_shapes, install
+from linearize.layers.tokens import PADDING
+
+from .families import PAD, tiny_model
+from .layers import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    SCALE,
+    STATES,
+    VALUE_DIM,
+    Sequence,
+    assert_same_memory,
+    error,
+    make_layer,
+    row_of,
+    run,
+    run_split,
+)
+from .test_families import TOLERANCE, cached_logits, logits, randomize, text
+from .test_families import error as model_error
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+CONFIG = LinearAttentionConfig(window_size=5, sinks=3, conv_taps=4, slack=6)
+GROUPS = HEADS // KV_HEADS
+PACKED = torch.tensor([[1] * 90, [0] * 9 + [1] * 40 + [0] * 3 + [2] * 30 + [0] * 8])
+
+
+def softmax(x):
+    """Exact softmax attention of every head, by its definition."""
+    index = torch.arange(x.shape[1])
+    visible = index <= index[:, None]
+    if x.segments is not None:
+        visible = visible & (x.segments[:, :, None] == x.segments[:, None, :])[:, None]
+    k, v = (y.repeat_interleave(GROUPS, dim=1) for y in (x.k, x.v))
+    return (x.q @ k.mT * SCALE).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["one document", "padded and packed"])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kept", [(0,), (1,), (0, 1)])
+def test_kept_heads_are_softmax_and_the_others_what_they_were(kept, state, segments):
+    x = Sequence.random(2, 90, segments=segments)
+    config = replace(CONFIG, state=state, far_weight="query")
+    linear, hybrid = make_layer(config), make_layer(config, kept=kept)
+    heads = [head for head in range(HEADS) if head // GROUPS not in kept]
+    kv_heads = [head for head in range(KV_HEADS) if head not in kept]
+    whole = dict(linear.named_parameters())
+    for name, parameter in hybrid.named_parameters():
+        rows = kv_heads if len(whole[name]) == KV_HEADS else heads
+        parameter.data.copy_(whole[name][rows])
+    out = run(hybrid, x)
+    assert error(out[:, heads], run(linear, x)[:, heads], x.valid) < 1e-12
+    rest = [head for head in range(HEADS) if head not in heads]
+    assert error(out[:, rest], softmax(x)[:, rest], x.valid) < 1e-12
+
+
+def test_all_heads_kept_leave_no_parameters():
+    assert not list(make_layer(CONFIG, kept=(0, 1)).parameters())
+    half, whole = make_layer(CONFIG, kept=(1,)), make_layer(CONFIG)
+    assert 2 * sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("kept", [(1,), (0, 1)])
+@pytest.mark.parametrize("length", [1, 4, 9, 30])
+def test_crop_is_never_having_seen(length, kept):
+    layer = make_layer(CONFIG, kept=kept)
+    segments = torch.ones(2, length + 20, dtype=torch.long)
+    segments[1, : length // 2] = 0
+    x, wrong = (Sequence.random(2, length + 20, seed=seed, segments=segments) for seed in (0, 1))
+    expected = run(layer, x)
+    for remove in range(min(CONFIG.slack, length - length // 2) + 1):
+        start = length - remove
+        cache = LinearCacheLayer(CONFIG)
+        run_split(layer, x[:start], [start], cache) if start else None
+        run(layer, wrong[start:length], cache=cache) if remove else None
+        cache.crop(-remove)
+        assert error(run(layer, x[start:], cache=cache), expected[:, :, start:], x.valid[:, start:]) < 1e-10
+
+
+def test_rows_can_be_reordered_selected_and_repeated():
+    layer = make_layer(CONFIG, kept=(1,))
+    segments = torch.ones(3, 40, dtype=torch.long)
+    segments[1, :15] = 0
+    x = Sequence.random(3, 40, segments=segments)
+    expected = run(layer, x)[:, :, 30:]
+    start = LinearCacheLayer(CONFIG)
+    run(layer, x[:30], cache=start)
+    rest = x[30:].map(lambda y: y)
+    for rows, move in [
+        ([2, 0, 0], lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0]))),
+        ([1], lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+        ([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2)),
+    ]:
+        cache = deepcopy(start)
+        move(cache)
+        out = run(layer, replace(rest.map(lambda y, r=rows: y[r]), segments=None), cache=cache)
+        torch.testing.assert_close(out, expected[rows])
+    start.reset()
+    torch.testing.assert_close(run(layer, x[30:], cache=start), run(layer, x[30:]))
+
+
+def test_memory_is_the_kept_heads_of_this_document():
+    """Bytes grow by k and v of the kept heads alone; padding and earlier documents take no place."""
+    layer = make_layer(CONFIG, kept=(1,), dtype=torch.float32)
+    cache = LinearCacheLayer(CONFIG)
+    per_token = 4 * (DIM + VALUE_DIM)
+    slots = CONFIG.ring_size + CONFIG.sinks
+    constant = 4 * (slots * (2 * DIM + VALUE_DIM) + layer.features * (VALUE_DIM + 1))
+    for seen in (200, 400):
+        run(layer, Sequence.random(1, 200, dtype=torch.float32), cache=cache)
+        assert cache.nbytes == constant + seen * per_token
+    segments = torch.tensor([[0] * 5 + [1] * 30 + [2] * 7 + [0] * 3])
+    run(layer, Sequence.random(1, 45, dtype=torch.float32, segments=segments), cache=cache)
+    assert cache.nbytes == constant + 7 * per_token
+    assert cache.memory.position.tolist() == [[*range(7)]]
+
+
+def test_accepted_nodes_alone_are_remembered():
+    layer = make_layer(CONFIG, kept=(0,))
+    cache, alone = LinearCacheLayer(CONFIG), LinearCacheLayer(CONFIG)
+    x, nodes = Sequence.random(2, 12), Sequence.random(2, 3, seed=1)
+    for each in (cache, alone):
+        run(layer, x, cache=each)
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    run(layer, nodes, cache=cache, ancestors=fork)
+    assert cache.memory.k.shape[2] == 12
+    cache.accept(torch.tensor([[0, 2], [0, -1]]))
+    assert (cache.memory.position != PADDING).sum(1).tolist() == [14, 13]
+    run(layer, nodes[[0, 2]], cache=alone)
+    assert_same_memory(row_of(cache, 0), row_of(alone, 0))
+
+
+def test_a_tree_behind_nothing_leaves_other_sequences_where_they_are():
+    """Tokens of equal shape share their places; depths in a tree are its own."""
+    layer, x = make_layer(CONFIG, kept=(0,)), Sequence.random(2, 3)
+    expected = run(layer, x)
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    run(layer, x, cache=LinearCacheLayer(CONFIG), ancestors=fork)
+    assert torch.equal(run(layer, x), expected)
+
+
+# Whole models: grouped heads, as many key heads as query heads and no rotary embedding, norms of q and k.
+KEPT = {"llama": {1: (0,)}, "gpt2": {0: (1, 3), 1: (0, 1, 2, 3)}, "qwen3": {0: (0, 1), 1: (1,)}}
+FAMILY_CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
+FAMILY_STATE = {"llama": "additive", "gpt2": "decay", "qwen3": "delta"}
+
+
+def family_config(family):
+    return replace(FAMILY_CONFIG, state=FAMILY_STATE[family])
+
+
+@pytest.fixture(scope="module", params=KEPT)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def hybrid(family):
+    return randomize(install(tiny_model(family), family_config(family), KEPT[family]))
+
+
+def test_cached_decode_equals_full_forward(hybrid, family):
+    ids = text(2, 36)
+    full = logits(hybrid, ids)
+    assert model_error(cached_logits(hybrid, ids), full) < TOLERANCE
+    linear = randomize(install(tiny_model(family), family_config(family)))
+    assert model_error(logits(linear, ids), full) > 1e-2, "keeping heads changes nothing"
+
+
+def test_generate(hybrid):
+    """Greedy: with a cache as without, and a left-padded row as the same row alone."""
+    ids = text(2, 14)
+    mask = torch.ones_like(ids)
+    ids[1, :5], mask[1, :5] = PAD, 0
+    options = {"do_sample": False, "max_new_tokens": 10}
+    cached = hybrid.generate(ids, attention_mask=mask, **options)
+    assert cached.tolist() == hybrid.generate(ids, attention_mask=mask, use_cache=False, **options).tolist()
+    assert cached[1, 5:].tolist() == hybrid.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **options)[0].tolist()
+    beams = options | {"num_beams": 3}
+    plain = hybrid.generate(ids, attention_mask=mask, use_cache=False, **beams)
+    assert hybrid.generate(ids, attention_mask=mask, **beams).tolist() == plain.tolist()
+
+
+def test_packed_documents_are_separate(hybrid):
+    ids = text(2, 40)
+    position_ids = torch.cat([torch.arange(17), torch.arange(23)])[None].expand(2, -1)
+    packed = logits(hybrid, ids, position_ids=position_ids)
+    assert model_error(packed[:, :17], logits(hybrid, ids[:, :17])) < TOLERANCE
+    assert model_error(packed[:, 17:], logits(hybrid, ids[:, 17:])) < TOLERANCE
+
+
+def test_all_heads_kept_are_the_softmax_model(family):
+    ids = text(2, 40)
+    student = tiny_model(family)
+    everything = dict.fromkeys(range(2), tuple(range(4 if family == "gpt2" else 2)))
+    install(student, PRESETS["augmented"], everything)
+    assert model_error(logits(student, ids), logits(tiny_model(family), ids)) < TOLERANCE
+    assert model_error(cached_logits(student, ids), logits(student, ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "modernbert-decoder"])
+def test_kept_heads_see_no_further_than_they_did(name):
+    """The softmax model's own sliding window, of all or of some layers, still bounds its softmax heads."""
+    ids = text(2, 36)
+    softmax_model = tiny_model(name, sliding_window=5)
+    kv_heads = head_shapes(softmax_model)[0][1]
+    student = install(tiny_model(name, sliding_window=5), FAMILY_CONFIG, dict.fromkeys(range(2), range(kv_heads)))
+    assert model_error(logits(student, ids), logits(softmax_model, ids)) < TOLERANCE
+    assert model_error(logits(tiny_model(name), ids), logits(softmax_model, ids)) > 1e-3
+    assert model_error(cached_logits(student, ids), logits(student, ids)) < TOLERANCE
+
+
+def test_exported_and_loaded_again(hybrid, family, tmp_path):
+    export_model(hybrid, tmp_path)
+    kept = {str(index): list(heads) for index, heads in KEPT[family].items()}
+    assert json.loads((tmp_path / "config.json").read_text())["kept_heads"] == kept
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert {index: layer.kept for index, layer in loaded.linear_attentions().items() if layer.kept} == KEPT[family]
+    ids = text(2, 36)
+    # The same operations on the same numbers.
+    assert model_error(logits(loaded, ids), logits(hybrid, ids)) < 1e-6
+    options = {"do_sample": False, "max_new_tokens": 10}
+    assert loaded.generate(ids, **options).tolist() == hybrid.generate(ids, **options).tolist()
+
+
+def test_only_kept_heads_grow():
+    model = randomize(install(tiny_model("llama"), FAMILY_CONFIG, {1: (0,)}))
+    sizes = []
+    for length in (60, 160):
+        cache = LinearCache(model)
+        model(text(1, length), past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert sizes[1] - sizes[0] == 100 * 2 * 8 * 4
+
+
+def test_heads_that_are_not_there_leave_the_model_untouched():
+    model = tiny_model("llama")
+    for kept in ({2: (0,)}, {1: (2,)}):
+        with pytest.raises(ValueError, match="kept_heads"):
+            install(model, FAMILY_CONFIG, kept)
+    assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model.config, "linear_attention")

@@ -1,0 +1,132 @@
+"""Keeping heads, the user's way: named or measured, from the recipe to the exported model."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from linearize.convert import calibrate as calibration
+from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores
+from linearize.convert.keep import head_budget, heads_by_layer
+from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
+from linearize.layers.seam import install
+from linearize.recipes.attention import KeepSection
+
+from .families import VOCAB, tiny_model
+
+CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
+
+
+def said_twice(texts, length):
+    return torch.randint(3, VOCAB, (texts, length), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
+    model, texts, length = tiny_model(name), said_twice(2, 20), 20
+    scores = retrieval_scores(model, texts)
+    attentions = model(texts, output_attentions=True, use_cache=False).attentions
+    for (layer, head), score in scores.items():
+        groups = attentions[layer].shape[1] // (len(scores) // 2)
+        mass = [
+            sum(attentions[layer][row, query, i, i - length + 1].item() for row in range(2) for i in range(20, 39))
+            for query in range(head * groups, (head + 1) * groups)
+        ]
+        assert score == pytest.approx(max(mass) / 38, rel=1e-4)
+
+
+@pytest.mark.parametrize("affordable", [3, 4])
+def test_calibration_keeps_the_head_that_is_missed_most(monkeypatch, affordable):
+    monkeypatch.setattr(calibration, "AFFORDABLE", affordable)
+    texts = said_twice(2, 20)
+    measured = calibrate(tiny_model("llama"), CONFIG, texts, 1, Console(quiet=True))
+    model = tiny_model("llama")
+
+    def loss(*heads):
+        return copy_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts)
+
+    def costs(heads):
+        return {head: loss(*(heads - {head})).total - loss(*heads).total for head in heads}
+
+    heads = set(measured.retrieval)
+    if affordable == 4:
+        cost = costs(heads)
+        left_out = min(cost, key=cost.get)
+    else:
+        cost, left_out = {}, min(measured.retrieval, key=measured.retrieval.get)
+    cost |= costs(heads - {left_out})
+    # Differences of single-precision sums near 5.
+    assert measured.cost == pytest.approx(cost, abs=1e-5)
+    cost.pop(left_out, None)
+    assert measured.kept == [max(cost, key=cost.get)]
+    assert (measured.before, measured.after) == (loss(), loss(*measured.kept))
+
+
+def test_loss_of_the_two_halves():
+    model, texts = tiny_model("llama"), said_twice(1, 20)
+    nats = -model(texts).logits[0].log_softmax(-1)
+    by_token = [nats[t - 1, texts[0, t]].item() for t in range(1, 40)]
+    loss = copy_loss(model, texts)
+    assert loss.likelihood == pytest.approx(sum(by_token[:19]) / 19, rel=1e-5)
+    assert loss.recall == pytest.approx(sum(by_token[20:]) / 19, rel=1e-5)
+
+
+def test_budget_is_rounded_down_and_no_further():
+    heads = dict.fromkeys(range(25), 4)
+    assert [head_budget(KeepSection(kv_budget=share), heads) for share in (0.29, 0.299, 0.01)] == [29, 29, 1]
+
+
+def test_window_of_presets_without_one_is_the_published_one():
+    assert window_alone(PRESETS["hedgehog"]) == PRESETS["swa"]
+    assert window_alone(CONFIG).ring_size < CONFIG.ring_size + 64 and window_alone(CONFIG).window_size == 8
+
+
+def kept_of(run):
+    return json.loads((run / "export" / "model" / "config.json").read_text())["kept_heads"]
+
+
+def test_convert_with_named_heads(linearize, recipe, tmp_path):
+    result = linearize("convert", recipe(keep={"heads": {1: [0]}}, medusa=None))
+    assert result.code == 0, result.stderr
+    run = tmp_path / "run"
+    assert kept_of(run) == {"1": [0]}
+    plan = json.loads((run / "plan.json").read_text())
+    assert "1 of 4 key heads stay softmax: 25.0% of the KV cache" in result.stdout
+    assert "linear state + kept heads" in result.stdout
+    assert "layer 1: 0" in (run / "export" / "model" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
+    for tokens in (50, 400):
+        ids = torch.randint(2, 200, (1, tokens), generator=torch.Generator().manual_seed(0))
+        cache = model(ids, use_cache=True).past_key_values
+        assert cache.nbytes == plan["state_bytes"] + plan["kept_bytes"] * tokens
+    losses = json.loads((run / "transfer" / "state.json").read_text())["metrics"]["loss"]
+    assert sum(losses[3:]) < sum(losses[:3])
+
+
+def test_convert_with_whole_layers_in_half_precision(linearize, recipe, tmp_path):
+    half = ["transfer.bf16=true", "finetune.bf16=true", "finetune.distill=0.5", "model.dtype=bfloat16"]
+    result = linearize("convert", recipe(keep={"layers": [0]}, medusa=None), *half)
+    assert result.code == 0, result.stderr
+    assert kept_of(tmp_path / "run") == {"0": [0, 1]}
+
+
+def test_calibration_is_kept_and_repeatable(linearize, recipe, tmp_path):
+    path = recipe(keep={"kv_budget": 0.5, "texts": 2, "length": 60}, medusa=None, finetune=None)
+    measured = []
+    for name in ("once", "again"):
+        result = linearize("convert", path, "--out", tmp_path / name)
+        assert result.code == 0, result.stderr
+        assert "kept heads: recall" in result.stdout
+        measured.append(json.loads((tmp_path / name / "install" / "kept.json").read_text()))
+    assert measured[0] == measured[1]
+    assert sum(map(len, measured[0]["kept"].values())) == 2
+    assert {(head["layer"], head["head"]) for head in measured[0]["heads"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert kept_of(tmp_path / "once") == measured[0]["kept"]
+    # The measurement follows from the training data; without one, the layers do not.
+    other = linearize("convert", path, "--out", tmp_path / "once", "data.train.source=builtin:heldout")
+    assert other.code == 2 and "stage install of another recipe" in other.stderr
+    (tmp_path / "once" / "install" / "kept.json").unlink()
+    gone = linearize("convert", path, "--out", tmp_path / "once", "--from", "transfer")
+    assert gone.code == 2 and "kept.json: is gone; --from install makes it again" in gone.stderr
