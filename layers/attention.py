@@ -96,6 +96,7 @@ class LinearAttention(nn.Module):
         scale: float,
         raw_q: Tensor | None = None,
         raw_k: Tensor | None = None,
+        sink_q: Tensor | None = None,
         segments: Tensor | None = None,
         cache: LinearCacheLayer | None = None,
         ancestors: Tensor | None = None,
@@ -107,6 +108,7 @@ class LinearAttention(nn.Module):
             q: [B, H, T, D]; k: [B, H_kv, T, D]; v: [B, H_kv, T, D_v], un-repeated, after the rotary embedding.
             scale: of the softmax scores.
             raw_q, raw_k: the same before the rotary embedding, where the model has one and `config.rope` is `before`.
+            sink_q: q at positions no further on than `config.sink_distance`, where the model has a rotary embedding.
             segments: [B, T] integers, 0 for padding, one value per document; None: neither padding nor packing.
             cache: continued from and added to. Without one the sequence stands alone.
             ancestors: [T, T] bool, True where node j is an ancestor of node i or i itself: the tokens are nodes of a
@@ -119,7 +121,7 @@ class LinearAttention(nn.Module):
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
         if not self.kept:
-            return self._linear(q, k, v, raw_q, raw_k, scale, segments, cache, ancestors)
+            return self._linear(q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors)
         kv_heads = k.shape[1]
         linear = [head for head in range(kv_heads) if head not in self.kept]
 
@@ -132,7 +134,7 @@ class LinearAttention(nn.Module):
         rest = (scale, segments, cache, ancestors)
         # Softmax first, since the linear part moves the cache on.
         softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest, sliding_window)
-        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k)), *rest)
+        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k, sink_q)), *rest)
         if not linear:
             return softmax_out
         outputs = dict(zip(self.kept, softmax_out.chunk(len(self.kept), dim=1), strict=True))
@@ -161,7 +163,7 @@ class LinearAttention(nn.Module):
                 cache.memory.compact()
         return softmax_attention(q, keys, values, visible, scale)
 
-    def _linear(self, q, k, v, raw_q, raw_k, scale, segments, cache, ancestors) -> Tensor:
+    def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         phi_q = phi_k = gates = None
@@ -210,6 +212,7 @@ class LinearAttention(nn.Module):
                 config=self.config,
                 weights=self.weights(v.device),
                 scale=scale,
+                sink_q=sink_q,
             ),
             self.backend,
         )

@@ -17,6 +17,9 @@ class LinearAttentionConfig:
             Linearized-LLM), `terrace` (own and previous group, LoLCATs), or None: every key is far.
         window_size: tokens (w or G).
         sinks: the first tokens of each document stay near for ever.
+        sink_distance: queries further on than this see the sinks as if from this position (StreamingLLM's positions
+            within the cache), so no rotation is ever larger than trained ones; needs documents that start at
+            position 0. None: from their true position.
         feature_map: phi of the far branch, or None for no far branch.
         feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes the map's own default.
         state: the rule by which far keys enter the state: `additive`; `decay`, where what is there fades with every
@@ -38,6 +41,7 @@ class LinearAttentionConfig:
     window: Literal["sliding", "block", "terrace"] | None = "sliding"
     window_size: int = 64
     sinks: int = 4
+    sink_distance: int | None = None
     feature_map: FeatureMapName | None = "hedgehog"
     feature_dim: int | None = None
     state: Literal["additive", "decay", "delta"] = "additive"
@@ -53,6 +57,8 @@ class LinearAttentionConfig:
             raise ValueError(f"window_size: {self.window_size} keeps no token near; use 1 or more, or window: null")
         if self.feature_dim is not None and self.feature_dim < 1:
             raise ValueError(f"feature_dim: {self.feature_dim} leaves phi empty; use 1 or more, or feature_map: null")
+        if self.sink_distance is not None and self.sink_distance < 1:
+            raise ValueError(f"sink_distance: {self.sink_distance} is no distance; use 1 or more, or null")
         for name in ("sinks", "conv_taps", "slack"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")

@@ -9,6 +9,7 @@ so that q and k arrive un-rotated; the rotation that the window needs is done he
 import inspect
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Call:
 
     cache: LinearCacheLayer | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    sink_rotary: tuple[Tensor, Tensor] | None = None
 
 
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
@@ -194,6 +196,11 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
     for index, heads in kept.items():
         if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
             raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
+    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    if config.sink_distance is not None and not rotary and any(map(is_rotary, modules.values())):
+        raise ValueError(
+            f"sink_distance: {type(model).__name__} has no module for its rotary embedding; use sink_distance: null"
+        )
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
     layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
     for index, module in modules.items():
@@ -205,7 +212,22 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
         module.linear_attention = layers[index].to(device)
     if not hasattr(model, "_linearize_hook"):
         model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
+    for module in rotary:
+        if not hasattr(module, "_linearize_hook"):
+            module._linearize_hook = module.register_forward_hook(partial(_after_rotary, model), with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
+
+
+def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs: dict, output):
+    """cos and sin followed, in the last dimension, by those of positions no further on than the sink distance."""
+    config = model.config
+    distance = config.linear_attention["sink_distance"]
+    if config._attn_implementation not in IMPLEMENTATIONS or distance is None:
+        return output
+    call = inspect.signature(module.forward).bind(*args, **kwargs)
+    call.arguments["position_ids"] = call.arguments["position_ids"].clamp(max=distance)
+    capped = module.forward(*call.args, **call.kwargs)
+    return tuple(torch.cat(pair, dim=-1) for pair in zip(output, capped, strict=True))
 
 
 def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -252,14 +274,19 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         if isinstance(value, LinearCache):
             call.cache = value.layers[module.layer_idx]
     rotary = kwargs.get("position_embeddings")
+    sink_rotary = None
+    if rotary is not None and linear.config.sink_distance is not None:
+        # As `_after_rotary` has put them together.
+        rotary, sink_rotary = zip(*(x.chunk(2, dim=-1) for x in rotary), strict=True)
+        kwargs["position_embeddings"] = rotary
     if rotary is not None and not (isinstance(rotary, tuple) and len(rotary) == 2):
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be linearized: its rotary embedding is not a (cos, sin) pair"
         )
     # Some layers of some families are handed an embedding that they do not apply.
-    wants_raw = linear.features and linear.config.rope == "before"
-    if wants_raw and rotary is not None and linear.rotates is not False:
-        call.rotary = rotary
+    wants_raw = linear.features and linear.config.rope == "before" or linear.config.sink_distance is not None
+    if linear.heads and wants_raw and rotary is not None and linear.rotates is not False:
+        call.rotary, call.sink_rotary = rotary, sink_rotary
         cos = torch.ones_like(rotary[0])
         kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
         if linear.rotates is None:
@@ -277,13 +304,14 @@ def _stop_watching(module: nn.Module, *_) -> None:
 
 @dataclass
 class Inputs:
-    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated where that is not the same; and what
-    else bears on it."""
+    """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated and as sinks see q where these are not
+    the same; and what else bears on it."""
 
     q: Tensor
     k: Tensor
     raw_q: Tensor | None
     raw_k: Tensor | None
+    sink_q: Tensor | None
     cache: LinearCacheLayer | None
     segments: Tensor | None
     sliding_window: int | None
@@ -319,12 +347,19 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
         segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
     sliding_window = kwargs.get("sliding_window")
     if call.rotary is None:
-        return Inputs(query, key, None, None, call.cache, segments, sliding_window)
-    cos, sin = call.rotary
-    size = cos.shape[-1]
-    q, k = _rotate_function(module)(query[..., :size], key[..., :size], cos, sin)
-    q, k = torch.cat([q, query[..., size:]], dim=-1), torch.cat([k, key[..., size:]], dim=-1)
-    return Inputs(q.to(query.dtype), k.to(key.dtype), query, key, call.cache, segments, sliding_window)
+        return Inputs(query, key, None, None, None, call.cache, segments, sliding_window)
+    q, k = _rotate(module, query, key, call.rotary)
+    sink_q = None if call.sink_rotary is None else _rotate(module, query, key[:, :1], call.sink_rotary)[0]
+    raw = (query, key) if linear.config.rope == "before" else (None, None)
+    return Inputs(q, k, *raw, sink_q, call.cache, segments, sliding_window)
+
+
+def _rotate(module: nn.Module, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """q, k as the family's own code rotates them: where that is partial, their first dimensions."""
+    size = rotary[0].shape[-1]
+    rotated = _rotate_function(module)(q[..., :size], k[..., :size], *rotary)
+    q, k = (torch.cat([new, x[..., size:]], dim=-1).to(x.dtype) for new, x in zip(rotated, (q, k), strict=True))
+    return q, k
 
 
 def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:
@@ -336,6 +371,7 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
         scale=inputs.q.shape[-1] ** -0.5 if scaling is None else scaling,
         raw_q=inputs.raw_q,
         raw_k=inputs.raw_k,
+        sink_q=inputs.sink_q,
         segments=inputs.segments,
         cache=inputs.cache,
         sliding_window=inputs.sliding_window,

@@ -34,13 +34,14 @@ def make_layer(config, seed=0, dtype=torch.float64, backend="torch", kept=()):
 
 @dataclass
 class Sequence:
-    """q, k, v and their un-rotated forms (here: any other numbers), with segments or None."""
+    """q, k, v, their un-rotated forms and q as sinks see it (here: any other numbers), with segments or None."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     raw_q: torch.Tensor
     raw_k: torch.Tensor
+    sink_q: torch.Tensor
     segments: torch.Tensor | None = None
 
     @classmethod
@@ -52,11 +53,12 @@ class Sequence:
 
         q, raw_q = normal(HEADS, DIM), normal(HEADS, DIM)
         k, raw_k = normal(KV_HEADS, DIM), normal(KV_HEADS, DIM)
-        return cls(q, k, normal(KV_HEADS, VALUE_DIM), raw_q, raw_k, segments)
+        v = normal(KV_HEADS, VALUE_DIM)
+        return cls(q, k, v, raw_q, raw_k, normal(HEADS, DIM), segments)
 
     def map(self, function):
         """`function` on every tensor of tokens; they are [B, H, T, ..]."""
-        tensors = (self.q, self.k, self.v, self.raw_q, self.raw_k)
+        tensors = (self.q, self.k, self.v, self.raw_q, self.raw_k, self.sink_q)
         return Sequence(*(function(x) for x in tensors), self.segments)
 
     def __getitem__(self, index):
@@ -78,6 +80,8 @@ class Sequence:
 
 
 def run(layer, x, **kwargs):
+    if layer.config.sink_distance is not None:
+        kwargs["sink_q"] = x.sink_q
     return layer(x.q, x.k, x.v, scale=SCALE, raw_q=x.raw_q, raw_k=x.raw_k, segments=x.segments, **kwargs)
 
 

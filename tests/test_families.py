@@ -18,7 +18,9 @@ from linearize.recipes.training import TransferSection
 
 from .families import FAMILIES, PAD, PARTLY_ROTARY, VOCAB, WITHOUT_ROTARY, tiny_model
 
-CONFIG = LinearAttentionConfig(window="sliding", window_size=8, sinks=2, conv_taps=4, feature_map="hedgehog", slack=8)
+CONFIG = LinearAttentionConfig(
+    window="sliding", window_size=8, sinks=2, sink_distance=12, conv_taps=4, feature_map="hedgehog", slack=8
+)
 # Sums of some 40 terms in float32, in another order, through two layers.
 TOLERANCE = 1e-5
 

@@ -70,7 +70,7 @@ def naive(layer, x):
     """[B, H, T, D_v] by loops over rows, heads, queries and keys."""
     config, weights = layer.config, layer.weights(torch.device("cpu"))
     has_far = config.feature_map is not None
-    q, k, v = (y.numpy() for y in (x.q, x.k, x.v))
+    q, k, v, sink_q = (y.numpy() for y in (x.q, x.k, x.v, x.sink_q))
     batch, length = x.shape
     if has_far:
         phi_q, phi_k = layer.phi_q(x.raw_q).numpy(), layer.phi_k(x.raw_k).numpy()
@@ -105,8 +105,12 @@ def naive(layer, x):
                     (near if is_near(config, place[i][1], place[j][1]) else far).append(j)
                     if distance < config.conv_taps:
                         convolved += weights.conv[head, distance].item() * v[row, kv_head, j]
-                m = max((SCALE * (q[row, head, i] @ k[row, kv_head, j]) for j in near), default=0.0)
-                a = {j: exp(SCALE * (q[row, head, i] @ k[row, kv_head, j]) - m) for j in near}
+                scores = {}
+                for j in near:
+                    as_sink = config.sink_distance is not None and place[j][1] < config.sinks
+                    scores[j] = SCALE * ((sink_q if as_sink else q)[row, head, i] @ k[row, kv_head, j])
+                m = max(scores.values(), default=0.0)
+                a = {j: exp(score - m) for j, score in scores.items()}
                 local, local_mass = sum(w * v[row, kv_head, j] for j, w in a.items()), sum(a.values())
                 remembered, mass = np.zeros(VALUE_DIM), 0.0
                 if has_far:
@@ -152,7 +156,13 @@ def states_of(config):
 def test_reference_is_the_formula(window, sinks, combine, conv_taps):
     for state in states_of({"window": window, **combine}):
         config = LinearAttentionConfig(
-            window=window, window_size=5, sinks=sinks, state=state, conv_taps=conv_taps, **combine
+            window=window,
+            window_size=5,
+            sinks=sinks,
+            sink_distance=10 if conv_taps else None,
+            state=state,
+            conv_taps=conv_taps,
+            **combine,
         )
         layer = make_layer(config, backend="reference")
         for segments in (None, PADDED_AND_PACKED):
@@ -188,6 +198,7 @@ def draw_config(draw, window, feature_maps, norms=("sum", "count", "rms", "none"
         window=window,
         window_size=window_size,
         sinks=0 if window is None else draw(st.integers(0, window_size)),
+        sink_distance=draw(st.sampled_from([None, 20])),
         feature_map=draw(st.sampled_from([*feature_maps, *none])),
         state=draw(st.sampled_from(states)),
         combine=combine,
@@ -396,7 +407,7 @@ def test_future_changes_nothing(window, backend):
 
 
 def pairs(x, y):
-    return [(getattr(x, name), getattr(y, name)) for name in ("q", "k", "v", "raw_q", "raw_k")]
+    return [(getattr(x, name), getattr(y, name)) for name in ("q", "k", "v", "raw_q", "raw_k", "sink_q")]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

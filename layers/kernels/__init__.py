@@ -29,6 +29,7 @@ class Problem:
         state: sums over the tokens of document 0 that are not among the keys, or None.
         ancestors: [T, T] bool for a draft tree: node i sees remembered tokens and node j where true. None: causal.
         config, weights, scale: the layer.
+        sink_q: [B, H, T, D], the queries as sinks see them, or None where that is q.
     """
 
     q: Tensor
@@ -43,6 +44,7 @@ class Problem:
     config: LinearAttentionConfig
     weights: Weights
     scale: float
+    sink_q: Tensor | None = None
 
     @property
     def past(self) -> int:
@@ -93,6 +95,7 @@ def reference(problem: Problem) -> Tensor:
         problem.weights,
         problem.scale,
         recalls=document == 0,
+        sink_q=problem.sink_q,
     )
     if problem.weights.conv is None:
         return out
@@ -121,6 +124,7 @@ def chunked(problem: Problem) -> Tensor:
         problem.config,
         problem.weights,
         problem.scale,
+        None if problem.sink_q is None else after_past(problem.sink_q),
     )
     return out[:, :, problem.past :]
 

@@ -144,6 +144,7 @@ def attend_sequence(
     config: LinearAttentionConfig,
     weights: Weights,
     scale: float,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
     """Causal outputs [B, H, T, D_v] of whole sequences; arguments as `reference.attend`, one query per key.
 
@@ -194,6 +195,7 @@ def attend_sequence(
         config,
         weights,
         scale,
+        sink_q=None if sink_q is None else layout.pack(sink_q).flatten(0, 1),
     )
     if weights.conv is not None:
         # The last query sees every key of its tile that the convolution can reach.

@@ -72,6 +72,7 @@ def attend(
     weights: Weights,
     scale: float,
     recalls: Tensor | None = None,
+    sink_q: Tensor | None = None,
 ) -> Tensor:
     """The near and the far branch: outputs [N, H, Q, D_v] in fp32 (fp64 for fp64 inputs).
 
@@ -83,13 +84,19 @@ def attend(
         q_position, k_position: [N, Q], [N, K] positions within the document.
         visible: [N, Q, K], whether query q may look at key k at all.
         state: sums over further keys, far to every query (to those in `recalls` [N, Q], where given).
+        sink_q: [N, H, Q, D], the queries as sinks see them, where that is not as all other keys do.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     v = v.to(dtype)
     is_near = near(config, q_position, k_position) & visible
     g, lam = (weight.to(dtype)[:, None, None] for weight in (weights.near, weights.far))
 
-    scores = contract(q.to(dtype) * scale, k.to(dtype).mT).masked_fill(~is_near[:, None], -torch.inf)
+    k = k.to(dtype)
+    scores = contract(q.to(dtype) * scale, k.mT)
+    if sink_q is not None:
+        is_sink = (k_position < config.sinks)[:, None, None]
+        scores = torch.where(is_sink, contract(sink_q.to(dtype) * scale, k.mT), scores)
+    scores = scores.masked_fill(~is_near[:, None], -torch.inf)
     m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
     if config.combine == "shared":
         # g a = exp(scores - m + log g), at no cost per key.
