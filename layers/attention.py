@@ -11,6 +11,10 @@ from .kernels import Problem, Weights, augmented_attention
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
 
+# What a far weight grows by when its parameter grows by 1. Far keys may weigh several times the nearest one, and
+# transfer has but some hundred steps of 1e-2 to find that out.
+FAR_UNIT = 10.0
+
 BRANCHES = frozenset({"local", "linear", "conv"})
 
 
@@ -45,8 +49,9 @@ class LinearAttention(nn.Module):
         self.call = self.rotates = self.watch = None
         if heads and config.feature_map is not None:
             feature_map = FEATURE_MAPS[config.feature_map]
-            self.phi_q = feature_map(heads, head_dim, config.feature_dim)
-            self.phi_k = feature_map(kv_heads, head_dim, config.feature_dim)
+            size = config.feature_dim, config.feature_expansion
+            self.phi_q = feature_map(heads, head_dim, *size)
+            self.phi_k = feature_map(kv_heads, head_dim, *size)
             self.features = self.phi_k.dim
             if config.state != "additive":
                 self.gates = TokenGates(config.state, kv_heads, head_dim)
@@ -72,7 +77,7 @@ class LinearAttention(nn.Module):
             near = self.gate.sigmoid()
         elif hasattr(self, "lam"):
             # lam >= 0 keeps the denominator positive; the gradient passes the bound, or a head at 0 would stay there.
-            far = self.lam + (self.lam.clamp(min=0) - self.lam).detach()
+            far = FAR_UNIT * (self.lam + (self.lam.clamp(min=0) - self.lam).detach())
         elif hasattr(self, "alpha"):
             far = self.alpha
         if "local" not in self.branches:

@@ -21,7 +21,8 @@ class LinearAttentionConfig:
             within the cache), so no rotation is ever larger than trained ones; needs documents that start at
             position 0. None: from their true position.
         feature_map: phi of the far branch, or None for no far branch.
-        feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes the map's own default.
+        feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes `feature_expansion` times the
+            map's own default.
         state: the rule by which far keys enter the state: `additive`; `decay`, where what is there fades with every
             key; or `delta`, the gated delta rule, where a key also replaces what was stored under it.
         rope: whether phi sees q, k `before` or `after` the rotary embedding.
@@ -44,6 +45,7 @@ class LinearAttentionConfig:
     sink_distance: int | None = None
     feature_map: FeatureMapName | None = "hedgehog"
     feature_dim: int | None = None
+    feature_expansion: int = 1
     state: Literal["additive", "decay", "delta"] = "additive"
     rope: Literal["before", "after"] = "before"
     combine: Literal["shared", "sum"] = "shared"
@@ -59,6 +61,8 @@ class LinearAttentionConfig:
             raise ValueError(f"feature_dim: {self.feature_dim} leaves phi empty; use 1 or more, or feature_map: null")
         if self.sink_distance is not None and self.sink_distance < 1:
             raise ValueError(f"sink_distance: {self.sink_distance} is no distance; use 1 or more, or null")
+        if self.feature_expansion < 1:
+            raise ValueError(f"feature_expansion: {self.feature_expansion} leaves phi empty; use 1 or more")
         for name in ("sinks", "conv_taps", "slack"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
@@ -95,8 +99,9 @@ class LinearAttentionConfig:
 
 
 PRESETS: dict[str, LinearAttentionConfig] = {
-    # The union of both papers; starts as plain window + sinks.
-    "augmented": LinearAttentionConfig(),
+    # The union of both papers, with a far branch that neither position nor length breaks: maps of un-rotated keys, the
+    # gated delta rule, sinks at a capped distance. Starts as plain window + sinks.
+    "augmented": LinearAttentionConfig(sink_distance=1024, feature_expansion=2, state="delta", far_weight="query"),
     # Linearized-LLM as its text describes it (arXiv 2406.07368, section 4).
     "augmented-icml": LinearAttentionConfig(
         window="block", sinks=0, feature_map="elu1", rope="after", combine="sum", norm="sum"
@@ -111,7 +116,7 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     ),
     "t2r": LinearAttentionConfig(window=None, sinks=0, feature_map="t2r", rope="after", far_weight="one", conv_taps=0),
     # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
-    "swa": LinearAttentionConfig(feature_map=None, conv_taps=0),
+    "swa": LinearAttentionConfig(sink_distance=1024, feature_map=None, conv_taps=0),
 }
 
 

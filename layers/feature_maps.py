@@ -17,13 +17,13 @@ class FeatureMap(nn.Module):
         ValueError: when `dim` is not a size the map can produce.
     """
 
-    def __init__(self, heads: int, head_dim: int, dim: int | None):
+    def __init__(self, heads: int, head_dim: int, dim: int | None, expansion: int = 1):
         super().__init__()
-        self.dim = self.default_dim(head_dim) if dim is None else dim
+        self.dim = expansion * self.default_dim(head_dim) if dim is None else dim
         if not self.can_produce(head_dim):
             raise ValueError(
                 f"feature_dim: {type(self).__name__} of heads of {head_dim} cannot have {self.dim} features; "
-                f"leave feature_dim out for {self.default_dim(head_dim)}"
+                f"leave feature_dim and feature_expansion out for {self.default_dim(head_dim)}"
             )
         self.build(heads, head_dim)
 
