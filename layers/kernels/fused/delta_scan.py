@@ -74,7 +74,7 @@ class _DeltaScan(torch.autograd.Function):
         before = u0.new_empty(rows, n, features, columns)
         ctx.launch = lambda kernel, *tensors: kernel[(rows, triton.cdiv(columns, COLUMNS))](
             *tensors, n, columns, C=size, F=features, BE=COLUMNS,
-            PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         )  # fmt: skip
         ctx.launch(_forward, u0, W, K, factors, start, before, u, end)
         ctx.save_for_backward(u, W, K, factors, before)

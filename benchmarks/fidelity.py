@@ -1,0 +1,106 @@
+"""What is kept of a model: variants of one recipe converted side by side and measured alike, in one table.
+
+    python benchmarks/fidelity.py RECIPE --out DIRECTORY [--variants NAME ...] [--processes N] [KEY=VALUE ...]
+
+Every variant is the recipe with the overrides below and those of the command line; they share the unpacked model.
+The first variant also finetunes the softmax model alike: the teacher that all ratios are to. A variant that is
+finished is not run again. Writes `table.md` and, per variant, the run itself with its log.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from linearize.convert.evaluate import RESULTS, TEACHER, TUNED_TEACHER
+
+VARIANTS = {
+    "augmented": [],
+    "augmented, another seed": ["seed=1"],
+    "window + sinks, retrained": ["attention.preset=swa", "transfer=null"],
+    "lolcats": ["attention.preset=lolcats", "keep=null"],
+    "decay": ["attention.state=decay"],
+    "own and previous block near": ["attention.window=terrace"],
+    "10% of KV heads kept": ["keep={kv_budget: 0.1}"],
+}
+
+
+def convert(recipe: str, directory: Path, overrides: list[str], *options: str) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "linearize.cli", "convert", recipe, *overrides, "--out", directory / "run"]
+    with open(directory / "log.txt", "a", encoding="utf-8") as log:
+        return subprocess.run([*map(str, command), "--resume", *options], stdout=log, stderr=log).returncode
+
+
+def rows(directory: Path, names: list[str]) -> list[tuple[str, dict]]:
+    """(name, measure -> size -> figures) of the teachers, the untrained baseline and every finished variant."""
+    found = []
+    for name in names:
+        path = directory / name / "run" / "evaluate" / RESULTS
+        if not path.is_file():
+            continue
+        models = json.loads(path.read_text("utf-8"))["models"]
+        if not found:
+            known = ("after finetune", "after transfer", "installed")
+            found = [(model, figures) for model, figures in models.items() if model not in known]
+        found.append((name, next(models[stage] for stage in ("after finetune", "installed") if stage in models)))
+    return found
+
+
+def table(found: list[tuple[str, dict]]) -> str:
+    """Markdown; perplexities with their ratio to the teacher that was finetuned alike, where that was measured."""
+    teachers = dict(found)
+    teacher = teachers.get(TUNED_TEACHER) or teachers[TEACHER]
+    measures = ("text", "copying", "passkey", "recall")
+    columns = list(dict.fromkeys((name, size) for name in measures for _, f in found for size in f.get(name, {})))
+
+    def cell(figures, measure, size):
+        value = figures.get(measure, {}).get(size)
+        if value is None:
+            return ""
+        if measure != "text":
+            return f"{value['accuracy']:.1%}"
+        return f"{value['perplexity']:.2f} ({value['perplexity'] / teacher['text'][size]['perplexity']:.3f})"
+
+    lines = ["| model | " + " | ".join(f"{measure} {size}" for measure, size in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, figures in found:
+        lines.append(f"| {name} | " + " | ".join(cell(figures, *column) for column in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--processes", type=int, default=1)
+    arguments, overrides = parser.parse_known_args()
+    base = arguments.out / "model"
+    if convert(arguments.recipe, base, overrides, "--only", "load"):
+        sys.exit(f"the model could not be loaded; see {base / 'log.txt'}")
+    unpacked = base / "run" / "load" / "model"
+    if unpacked.is_dir():
+        tokenizer = base / "run" / "load" / "tokenizer"
+        overrides += [f"model.source={unpacked.resolve()}", f"model.tokenizer={tokenizer.resolve()}"]
+
+    def one(index: int) -> int:
+        name = arguments.variants[index]
+        teacher = [f"evaluate.tuned_teacher={str(index == 0).lower()}"]
+        return convert(arguments.recipe, arguments.out / name, [*overrides, *VARIANTS[name], *teacher])
+
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        codes = list(pool.map(one, range(len(arguments.variants))))
+    found = rows(arguments.out, arguments.variants)
+    if found:
+        (arguments.out / "table.md").write_text(table(found), "utf-8")
+        print(table(found))
+    failed = [name for name, code in zip(arguments.variants, codes, strict=True) if code]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; see their log.txt in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
