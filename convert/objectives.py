@@ -75,7 +75,7 @@ class Example:
         length = min(self.value.shape[2], WEIGHTS_PREFIX)
         prefix = {
             name: x if x is None else x[:, :, :length]
-            for name in ("q", "k", "raw_q", "raw_k")
+            for name in ("q", "k", "raw_q", "raw_k", "sink_q")
             for x in [getattr(self.inputs, name)]
         }
         segments = self.inputs.segments

@@ -218,6 +218,17 @@ class Recipe(Section):
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
 
+    @field_validator("transfer", "finetune", "medusa")
+    @classmethod
+    def _documents_start_at_zero(cls, section: Training | None, info: ValidationInfo) -> Training | None:
+        attention = info.data.get("attention")
+        if section is not None and section.position_offset and attention is not None and attention.sink_distance:
+            raise ValueError(
+                f"position_offset: {section.position_offset} moves the sinks, whose place sink_distance relies on; "
+                "set attention.sink_distance: null"
+            )
+        return section
+
     @field_validator("transfer")
     @classmethod
     def _objectives_fit_the_attention(

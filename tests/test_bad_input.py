@@ -138,8 +138,13 @@ def test_phases_beyond_the_model(refused):
     assert "transfer.curriculum: 1024 is longer than the 512 positions" in line
 
 
+def test_offset_of_positions_that_sinks_rely_on(refused):
+    line = refused("finetune.position_offset=10")
+    assert "finetune" in line and "position_offset: 10 moves the sinks" in line and "sink_distance: null" in line
+
+
 def test_positions_beyond_the_model(refused):
-    line = refused("finetune.position_offset=449")
+    line = refused("finetune.position_offset=449", "attention.sink_distance=null")
     assert "finetune.position_offset: 449 and a length of 64 are more than the 512 positions" in line
 
 

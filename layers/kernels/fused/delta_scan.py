@@ -16,42 +16,40 @@ COLUMNS = 16  # of M per program: the least that tensor cores take, since rows t
 
 
 @triton.jit
+def _places(E, C: tl.constexpr, F: tl.constexpr, BE: tl.constexpr):
+    """Which columns of its block a program has, and where its parts of M, u and K lie within one chunk."""
+    columns = (tl.program_id(1) * BE + tl.arange(0, BE))[None, :]
+    keys, features = tl.arange(0, C)[:, None], tl.arange(0, F)
+    return columns < E, features[:, None] * E + columns, keys * E + columns, keys * F + features[None, :]
+
+
+@triton.jit
 def _forward(
-    u0, W, K, total, start, before, u, end, n, E,
+    u0, W, K, factors, start, before, u, end, n, E,
     C: tl.constexpr, F: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BE + tl.arange(0, BE)
-    keys, features = tl.arange(0, C), tl.arange(0, F)
-    held = columns[None, :] < E
-    at_M = features[:, None] * E + columns[None, :]
-    at_u = keys[:, None] * E + columns[None, :]
-    at_K = keys[:, None] * F + features[None, :]
+    held, at_M, at_u, at_K = _places(E, C, F, BE)
     M = tl.load(start + row * F * E + at_M, mask=held, other=0.0)
     for c in range(n):
         chunk = row * n + c
-        M = M * tl.load(total + chunk * 2)
+        M = M * tl.load(factors + chunk * 2)
         tl.store(before + chunk * F * E + at_M, M, mask=held)
         left = tl.load(u0 + chunk * C * E + at_u, mask=held, other=0.0)
         left -= tl.dot(tl.load(W + chunk * C * F + at_K), M, input_precision=PRECISION)
         tl.store(u + chunk * C * E + at_u, left, mask=held)
-        M = M * tl.load(total + chunk * 2 + 1)
+        M = M * tl.load(factors + chunk * 2 + 1)
         M += tl.dot(tl.trans(tl.load(K + chunk * C * F + at_K)), left, input_precision=PRECISION)
     tl.store(end + row * F * E + at_M, M, mask=held)
 
 
 @triton.jit
 def _backward(
-    du, W, K, total, dbefore, dend, dafter, du_all, dstart, n, E,
+    du, W, K, factors, dbefore, dend, dafter, du_all, dstart, n, E,
     C: tl.constexpr, F: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BE + tl.arange(0, BE)
-    keys, features = tl.arange(0, C), tl.arange(0, F)
-    held = columns[None, :] < E
-    at_M = features[:, None] * E + columns[None, :]
-    at_u = keys[:, None] * E + columns[None, :]
-    at_K = keys[:, None] * F + features[None, :]
+    held, at_M, at_u, at_K = _places(E, C, F, BE)
     dM = tl.load(dend + row * F * E + at_M, mask=held, other=0.0)
     for step in range(n):
         chunk = row * n + n - 1 - step
@@ -59,9 +57,9 @@ def _backward(
         dleft = tl.load(du + chunk * C * E + at_u, mask=held, other=0.0)
         dleft += tl.dot(tl.load(K + chunk * C * F + at_K), dM, input_precision=PRECISION)
         tl.store(du_all + chunk * C * E + at_u, dleft, mask=held)
-        dM = dM * tl.load(total + chunk * 2 + 1) + tl.load(dbefore + chunk * F * E + at_M, mask=held, other=0.0)
+        dM = dM * tl.load(factors + chunk * 2 + 1) + tl.load(dbefore + chunk * F * E + at_M, mask=held, other=0.0)
         dM -= tl.dot(tl.trans(tl.load(W + chunk * C * F + at_K)), dleft, input_precision=PRECISION)
-        dM = dM * tl.load(total + chunk * 2)
+        dM = dM * tl.load(factors + chunk * 2)
     tl.store(dstart + row * F * E + at_M, dM, mask=held)
 
 
