@@ -8,9 +8,6 @@ work in chains, so what one adds to a model without the others says little.
 Candidates are all heads. Where these are too many, they are those with the most attention on what is to be copied, as
 retrieval heads are found (arXiv 2404.15574): the mass that a query of the second half puts on the token that followed
 the same token in the first.
-
-Measured on SmolLM2-135M, the accuracy with which 9 of 90 heads copy 512 tokens: .60 by what each adds alone, .62 by
-attention alone, .88 from the 27 with the most attention as candidates, .91 from all heads.
 """
 
 from dataclasses import asdict, dataclass
