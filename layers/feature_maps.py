@@ -69,8 +69,25 @@ class Exp(FeatureMap):
         return (x * x.shape[-1] ** -0.25).exp()
 
 
+def rotations(head_dim: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` uniformly random orthogonal matrices [D, D], each with the norms [D] of its Gaussian's columns; the
+    same ones on every call."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(count):
+        gaussian = torch.randn(head_dim, head_dim, generator=generator, device="cpu")
+        q, r = torch.linalg.qr(gaussian)
+        # LAPACK picks the signs of q; with those of r's diagonal the directions are uniform.
+        drawn.append((q * r.diagonal().sign(), gaussian.norm(dim=0)))
+    return drawn
+
+
 class Projected(FeatureMap):
-    """Maps of x W, W in R^{D x columns} per head, started as the identity on the first dimensions (LoLCATs)."""
+    """Maps of x W, W in R^{D x columns} per head, started as the identity on the first dimensions (LoLCATs).
+
+    Columns beyond D start as random rotations, the same in every map: columns of zeros would be alike, get the same
+    gradients, and stay alike.
+    """
 
     def can_produce(self, head_dim):
         return True
@@ -79,7 +96,11 @@ class Projected(FeatureMap):
         return self.dim
 
     def build(self, heads, head_dim):
-        self.weight = nn.Parameter(torch.eye(head_dim, self.columns()).repeat(heads, 1, 1))
+        start = torch.eye(head_dim, self.columns())
+        further = start[:, head_dim:].split(head_dim, dim=1) if self.columns() > head_dim else ()
+        for block, (rotation, _) in zip(further, rotations(head_dim, len(further)), strict=True):
+            block.copy_(rotation[:, : block.shape[1]])
+        self.weight = nn.Parameter(start.repeat(heads, 1, 1))
 
     def project(self, x):
         return x @ self.weight.to(x.dtype)
@@ -147,14 +168,9 @@ class RandomProjection(FeatureMap):
         return self.dim
 
     def build(self, heads, head_dim):
-        generator = torch.Generator().manual_seed(0)
-        blocks = []
-        while sum(block.shape[1] for block in blocks) < self.columns():
-            gaussian = torch.randn(head_dim, head_dim, generator=generator, device="cpu")
-            q, r = torch.linalg.qr(gaussian)
-            # LAPACK picks the signs of q; with those of r's diagonal the directions are uniform.
-            blocks.append(q * r.diagonal().sign() * gaussian.norm(dim=0))
-        self.register_buffer("weight", torch.cat(blocks, dim=1)[:, : self.columns()].contiguous())
+        blocks = rotations(head_dim, -(-self.columns() // head_dim))
+        weight = torch.cat([rotation * norms for rotation, norms in blocks], dim=1)
+        self.register_buffer("weight", weight[:, : self.columns()].contiguous())
 
 
 class FavorPlus(RandomProjection):

@@ -129,3 +129,14 @@ def test_random_maps_of_queries_and_keys_agree(name):
     many = FEATURE_MAPS[name](1, DIM, 4096).weight
     # Rows of a standard normal matrix, whatever the sign or the axis.
     assert many.mean(1).abs().max() < 0.1 and (many.var(1) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["hedgehog", "t2r", "linear"])
+def test_no_two_columns_of_a_wide_map_start_alike(name):
+    """Those that do get the same gradients and stay alike, so the map is no wider than without them."""
+    weight = FEATURE_MAPS[name](1, DIM, 6 * DIM).weight[0]
+    columns = weight.shape[1]
+    assert torch.equal(weight[:, :DIM], torch.eye(DIM))
+    assert columns > 2 * DIM and torch.linalg.matrix_rank(weight) == DIM
+    assert (torch.cdist(weight.T, weight.T) + torch.eye(columns) > 1e-2).all()
+    torch.testing.assert_close(weight[:, DIM : 2 * DIM].T @ weight[:, DIM : 2 * DIM], torch.eye(DIM))
