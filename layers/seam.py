@@ -283,9 +283,10 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be linearized: its rotary embedding is not a (cos, sin) pair"
         )
+    wants_raw = linear.features and linear.config.rope == "before"
+    wants_sinks = linear.config.sink_distance is not None and (linear.heads or linear.config.kept_window is not None)
     # Some layers of some families are handed an embedding that they do not apply.
-    wants_raw = linear.features and linear.config.rope == "before" or linear.config.sink_distance is not None
-    if linear.heads and wants_raw and rotary is not None and linear.rotates is not False:
+    if (wants_raw or wants_sinks) and rotary is not None and linear.rotates is not False:
         call.rotary, call.sink_rotary = rotary, sink_rotary
         cos = torch.ones_like(rotary[0])
         kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
@@ -349,7 +350,10 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     if call.rotary is None:
         return Inputs(query, key, None, None, None, call.cache, segments, sliding_window)
     q, k = _rotate(module, query, key, call.rotary)
-    sink_q = None if call.sink_rotary is None else _rotate(module, query, key[:, :1], call.sink_rotary)[0]
+    sink_q = None
+    # No further on than the distance, sinks see q as all other keys do.
+    if call.sink_rotary is not None and (call.cache is not None or query.shape[2] > linear.config.sink_distance + 1):
+        sink_q = _rotate(module, query, key[:, :1], call.sink_rotary)[0]
     raw = (query, key) if linear.config.rope == "before" else (None, None)
     return Inputs(q, k, *raw, sink_q, call.cache, segments, sliding_window)
 

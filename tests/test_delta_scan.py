@@ -1,15 +1,19 @@
-"""The Triton walk over chunks equals torch's, on a GPU or in Triton's interpreter."""
+"""The delta rule in Triton equals torch's, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
 
-from linearize.layers.kernels.fused.delta_scan import delta_scan
+from linearize.layers.kernels.fused.delta_scan import delta_scan, solve_unit_lower
 from linearize.layers.kernels.memory import walk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [(1, 1, 16, 16, 7), (2, 3, 32, 16, 33)]
+if DEVICE == "cuda":
+    # What must fit into shared memory; minutes in the interpreter.
+    SIZES.append((2, 3, 64, 512, 65))
 
 
-@pytest.mark.parametrize(("batch", "chunks", "size", "features", "columns"), [(1, 1, 16, 16, 7), (2, 3, 32, 16, 33)])
+@pytest.mark.parametrize(("batch", "chunks", "size", "features", "columns"), SIZES)
 def test_walk_and_gradients(batch, chunks, size, features, columns):
     generator = torch.Generator().manual_seed(0)
 
@@ -36,3 +40,20 @@ def test_walk_and_gradients(batch, chunks, size, features, columns):
     # Single precision, sums of some hundred products.
     for x, y in zip((*actual, *gradients), (*expected, *expected_gradients), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [16, 32] if DEVICE == "cpu" else [16, 32, 64])
+def test_solve_and_gradients(size):
+    """Keys that are all alike are the worst case: the inverse stays small, the powers of A do not."""
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(2, 3, size, 5, generator=generator).to(DEVICE).requires_grad_()
+    weights = torch.randn(2, 3, size, 5, generator=generator).to(DEVICE)
+    random = torch.randn(2, 3, size, size, generator=generator) * 0.3
+    for A in (random.to(DEVICE).requires_grad_(), torch.ones_like(random).to(DEVICE).requires_grad_()):
+        expected = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
+        actual = solve_unit_lower(A, right)
+        # Single precision; products of up to 64 factors.
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        gradients = (torch.autograd.grad((solved * weights).sum(), (A, right)) for solved in (actual, expected))
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from linearize.layers.kernels.fused.delta_scan import delta_scan
+    from linearize.layers.kernels.fused.delta_scan import delta_scan, solve_unit_lower
 except ImportError:  # no Triton, or an exported model's copy without the package
-    delta_scan = None
+    delta_scan = solve_unit_lower = None
 
 # Chunks whose sums are taken as one product.
 BLOCK = 32
@@ -79,8 +79,11 @@ def solve_delta(phi_k: Tensor, values: Tensor, gates: Gates, G: Tensor, precedes
     A = gates.beta.unsqueeze(-1) * (phi_k @ phi_k.mT) * fade(G, G) * precedes
     faded = phi_k * G.unsqueeze(-1).exp()
     right = torch.cat([values, faded], dim=-1) * gates.beta.unsqueeze(-1)
-    # Only what is below the diagonal is read: with unitriangular that is I + A.
-    solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
+    if _fits_kernel(A):
+        solved = solve_unit_lower(A, right)
+    else:
+        # Only what is below the diagonal is read: with unitriangular that is I + A.
+        solved = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
     return solved[..., : values.shape[-1]], solved[..., values.shape[-1] :]
 
 
@@ -142,14 +145,16 @@ def scan(
     if W is None:
         before, M = _sums_before(added, None if gates is None else G[..., -1], M, carries)
         return values, before, G, M
-    step_through = delta_scan if _fits_kernel(values, W) else walk
+    step_through = delta_scan if _fits_kernel(W) else walk
     u, before, M = step_through(values, W, leaving, total, M, carries)
     return u, before, G, M
 
 
-def _fits_kernel(u0: Tensor, W: Tensor) -> bool:
-    sizes = W.shape[-2:]
-    return delta_scan is not None and u0.is_cuda and all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+def _fits_kernel(x: Tensor) -> bool:
+    """Whether Triton can take x [.., C, C or F]: chunks of 16 to 64 keys, up to 512 features, powers of 2."""
+    limits = zip(x.shape[-2:], (64, 512), strict=True)
+    fits = all(16 <= size <= limit and size & (size - 1) == 0 for size, limit in limits)
+    return fits and delta_scan is not None and x.is_cuda and x.dtype == torch.float32
 
 
 def walk(

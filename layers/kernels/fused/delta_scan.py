@@ -1,6 +1,6 @@
-"""The delta rule's walk over chunks as one Triton kernel, forward and backward, in place of 3 launches per chunk.
+"""The delta rule in Triton: the walk over chunks, in place of 3 launches per chunk, and the inverse within a chunk.
 
-For each row and head, with M [F, E] held on chip (E = D_v + 1, in blocks of columns):
+`delta_scan`: for each row and head, with M [F, E] held on chip (E = D_v + 1, in blocks of columns):
 
     M_c <- carries_c M_c        u_c = u0_c - W_c M_c        M_{c+1} = total_c M_c + K_c^T u_c
 
@@ -63,6 +63,43 @@ def _backward(
     tl.store(dstart + row * F * E + at_M, dM, mask=held)
 
 
+@triton.jit
+def _invert(A, inverse, C: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * C * C + tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    below = tl.where(row > column, tl.load(A + at), 0.0)
+    T = tl.where(row == column, 1.0, 0.0)
+    for i in range(1, C):
+        coefficients = tl.sum(tl.where(row == i, below, 0.0), axis=0)
+        T -= tl.where(row == i, tl.sum(coefficients[:, None] * T, axis=0)[None, :], 0.0)
+    tl.store(inverse + at, T)
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, A, right):
+        inverse = torch.empty_like(A)
+        size = A.shape[-1]
+        _invert[(A.numel() // size**2,)](A, inverse, C=size)
+        solved = inverse @ right
+        ctx.save_for_backward(inverse, solved)
+        return solved
+
+    @staticmethod
+    def backward(ctx, dsolved):
+        inverse, solved = ctx.saved_tensors
+        dright = inverse.mT @ dsolved
+        return (-dright @ solved.mT).tril(-1), dright
+
+
+def solve_unit_lower(A: Tensor, right: Tensor) -> Tensor:
+    """x [.., C, X] of (I + A) x = right, where only what is below the diagonal of A [.., C, C], fp32, is read.
+
+    By substitution, row by row: squaring A instead would be shorter, but its powers grow where keys are alike.
+    """
+    return _Solve.apply(A.contiguous(), right)
+
+
 class _DeltaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u0, W, K, factors, start):
@@ -73,6 +110,8 @@ class _DeltaScan(torch.autograd.Function):
         ctx.launch = lambda kernel, *tensors: kernel[(rows, triton.cdiv(columns, COLUMNS))](
             *tensors, n, columns, C=size, F=features, BE=COLUMNS,
             PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+            # Loading ahead would double what is held of W and K, and 512 features leave no room for it.
+            num_stages=1, num_warps=8 if features > 256 else 4,
         )  # fmt: skip
         ctx.launch(_forward, u0, W, K, factors, start, before, u, end)
         ctx.save_for_backward(u, W, K, factors, before)
@@ -96,7 +135,7 @@ def delta_scan(
 
     Args:
         u0: [B, n, H_kv, C, E]; W, K: [B, n, H_kv, C, F], fp32; total: [B, n, H_kv] in (0, 1]; start: [B, H_kv, F, E];
-            carries: [B, n] bool. C and F are powers of 2, 16 or more.
+            carries: [B, n] bool. C and F are powers of 2 from 16 to 64 and to 512.
 
     Returns:
         u [B, n, H_kv, C, E], M before each chunk [B, n, H_kv, F, E], and M after the last [B, H_kv, F, E].
