@@ -47,13 +47,13 @@ def _quieten() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Importing datasets to say so would take seconds, and text files do without it.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    import datasets
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 @app.command()
@@ -190,7 +190,8 @@ def chat(
         if json:
             print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))
         else:
-            length = "so far" if getattr(loaded.config, "kept_heads", None) else "whatever the length"
+            grows = getattr(loaded.config, "kept_heads", None) and not loaded.config.linear_attention.get("kept_window")
+            length = "so far" if grows else "whatever the length"
             console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, {length})[/dim]")
         if prompt is not None:
             return

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import token_stream
 from linearize.convert.finetune import tune
-from linearize.convert.measures import Measure, make_measures
+from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
 from linearize.convert.progress import TokenProgress
 from linearize.layers.attention import BRANCHES
@@ -128,11 +128,14 @@ def baselines(own: LinearAttentionConfig) -> dict[str, LinearAttentionConfig]:
 def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     recipe = context.recipe
     everything = [measure for measure in measures if measure.name != "far_mass"]
-    schedule = {("models", TEACHER): everything}
+    schedule = {}
+    if recipe.evaluate.baselines:
+        schedule["models", TEACHER] = everything
     if recipe.evaluate.tuned_teacher:
         schedule["models", TUNED_TEACHER] = everything
-    *published, own = baselines(recipe.attention.config)
-    schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
+    if recipe.evaluate.baselines:
+        *published, own = baselines(recipe.attention.config)
+        schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
     *before, last = [name for stage, name in NAMES.items() if stage in context.stages()]
     schedule |= {("models", name): measures[:1] for name in before}
     return schedule | final_schedule(last, measures)
@@ -142,9 +145,10 @@ def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
     if context.recipe.evaluate.tuned_teacher:
         yield ("models", TUNED_TEACHER), tuned_teacher(context)
     model = softmax_model(context).to(context.device)
-    yield ("models", TEACHER), model
-    for name, config in baselines(context.recipe.attention.config).items():
-        yield ("models", name), install(model, config)
+    if context.recipe.evaluate.baselines:
+        yield ("models", TEACHER), model
+        for name, config in baselines(context.recipe.attention.config).items():
+            yield ("models", name), install(model, config)
     for stage, converted in stages_of(context, model):
         # PEFT calls the model's forward past the hook that makes its cache.
         model = converted.get_base_model() if isinstance(converted, PeftModel) else converted
@@ -178,8 +182,7 @@ def evaluate_model(
     """
     linear = getattr(model, "linear_attentions", dict)()
     config = next(iter(linear.values())).config if linear else PRESETS["swa"]
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    measures = make_measures(section, stream, tokenizer, config, positions)
+    measures = make_measures(section, stream, tokenizer, config, position_limit(model))
     if linear:
         name = "linearized"
         models = chain([(("models", name), model)], ablations(model))

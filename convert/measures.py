@@ -156,6 +156,13 @@ def recall(model: nn.Module, asking: list[Probe]) -> dict:
     }
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """How long a sequence `model` can read at all; None where its positions are rotations, which go on for ever."""
+    if any(type(module).__name__.endswith("RotaryEmbedding") for module in model.modules()):
+        return None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def make_measures(
     section: EvaluateSection, stream: Tensor, tokenizer, config: LinearAttentionConfig, positions: int | None = None
 ) -> list[Measure]:
@@ -164,7 +171,7 @@ def make_measures(
     Args:
         stream: [L] held-out tokens.
         config: of the linear layers: what is beyond their window, and whether their `far_mass` can be measured.
-        positions: that the model knows, None for any.
+        positions: the model's `position_limit`.
 
     Raises:
         ValueError: naming the field of the section that asks for what the model or the held-out text cannot give.
@@ -173,7 +180,7 @@ def make_measures(
 
     def add(name: str, size: int, function: Callable, count: int, length: int) -> None:
         if positions is not None and length > positions:
-            raise ValueError(f"{length} tokens are more than the {positions} positions that the model knows")
+            raise ValueError(f"{length} tokens are more than the {positions} positions that the model has")
         measures.append(Measure(name, str(size), count * length, function))
 
     for length in section.lengths:

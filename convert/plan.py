@@ -15,10 +15,10 @@ from linearize.convert import sources
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, packed, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
-from linearize.convert.measures import make_measures
+from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.layers.attention import LinearAttention
-from linearize.layers.config import window_alone
+from linearize.layers.config import LinearAttentionConfig, window_alone
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
 from linearize.recipes.attention import KeepSection
@@ -48,6 +48,7 @@ class Plan:
         kv_bytes: context length -> bytes of the softmax model's KV cache, one sequence.
         kept_heads: key heads that stay softmax, in all layers.
         kept_bytes: bytes that their cache grows by with every token.
+        kept_tokens: tokens at which it stops growing, or None.
         state_bytes: bytes of the linear heads' cache, one sequence, any length.
         memory: weights, gradients and optimizer of the largest stage, activations left out.
         disk: stage directories and the exported model.
@@ -63,6 +64,7 @@ class Plan:
     stages: list[StagePlan]
     kept_heads: int
     kept_bytes: int
+    kept_tokens: int | None
     state_bytes: int
     kv_bytes: dict[int, int]
     memory: int
@@ -127,7 +129,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         check_tokenizer(tokenizer, text.vocab_size)
     except ValueError as error:
         raise ValueError(f"model.tokenizer: {error}") from error
-    _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None))
+    _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None), position_limit(model))
 
     if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
@@ -153,12 +155,17 @@ def _make_plan(recipe: Recipe) -> Plan:
         stages=stages,
         kept_heads=sum(map(len, kept.values())),
         kept_bytes=sum(len(chosen) * 2 * shapes[layer][2] * item for layer, chosen in kept.items()),
+        kept_tokens=_kept_tokens(recipe.attention.config),
         state_bytes=held,
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
         disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
     )
+
+
+def _kept_tokens(config: LinearAttentionConfig) -> int | None:
+    return None if config.kept_window is None else config.sinks + config.kept_window + config.slack
 
 
 def _planned_heads(keep: KeepSection | None, kv_heads: dict[int, int]) -> dict[int, tuple[int, ...]]:
@@ -216,7 +223,9 @@ def _check_layers(section: TransferSection, layers: Collection[int]) -> None:
         raise ValueError(f"transfer.layers: every layer stops by step {last}, so {section.steps} steps are too many")
 
 
-def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
+def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: int | None) -> None:
+    """Training and calibration stay within the `positions` that the model was trained on, measures within those that
+    it can read (`measures.position_limit`)."""
     wanted = []
     for stage in ("transfer", "finetune", "medusa"):
         if (section := getattr(recipe, stage)) is not None:
@@ -240,7 +249,7 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None) -> None:
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:
-            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, positions)
+            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, measurable)
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
 
@@ -297,7 +306,8 @@ def show_memory(plan: Plan, console: Console) -> None:
     table.add_column("linear state + kept heads" if plan.kept_heads else "linear state", justify="right")
     table.add_column("ratio", justify="right")
     for length, size in plan.kv_bytes.items():
-        held = plan.state_bytes + plan.kept_bytes * length
+        kept = length if plan.kept_tokens is None else min(length, plan.kept_tokens)
+        held = plan.state_bytes + plan.kept_bytes * kept
         table.add_row(f"{length // 1024}k", _size(size), _size(held), f"{size / held:.1f}")
     console.print(table)
 

@@ -138,7 +138,7 @@ class LinearAttention(nn.Module):
 
         rest = (scale, segments, cache, ancestors)
         # Softmax first, since the linear part moves the cache on.
-        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v)), *rest, sliding_window)
+        softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v, sink_q)), *rest, sliding_window)
         linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k, sink_q)), *rest)
         if not linear:
             return softmax_out
@@ -146,7 +146,7 @@ class LinearAttention(nn.Module):
         outputs |= zip(linear, linear_out.chunk(len(linear), dim=1), strict=True)
         return torch.cat([outputs[head] for head in range(kv_heads)], dim=1)
 
-    def _softmax(self, q, k, v, scale, segments, cache, ancestors, sliding_window) -> Tensor:
+    def _softmax(self, q, k, v, sink_q, scale, segments, cache, ancestors, sliding_window) -> Tensor:
         """`forward` for kept heads."""
         tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
         if ancestors is not None:
@@ -154,18 +154,31 @@ class LinearAttention(nn.Module):
         keys, values = k, v
         if cache is not None:
             keys, values, tokens = cache.memory.recall(k, v, tokens)
-        alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
-        bounded = sliding_window is not None and keys.shape[2] > sliding_window
-        visible = None if alone and not bounded else visible_keys(tokens, q.shape[2], ancestors)
-        if bounded:
-            distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
+        count = keys.shape[2]
+        alone = segments is None and ancestors is None and count == q.shape[2]
+        window = self.config.kept_window
+        slides, forgets = (size is not None and count > size for size in (sliding_window, window))
+        capped = window is not None and sink_q is not None
+        visible = None
+        if not alone or slides or forgets or capped:
+            visible = visible_keys(tokens, q.shape[2], ancestors)
+        distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
+        is_sink = tokens.position < self.config.sinks
+        if slides:
             visible = visible & (distance < sliding_window)
+        if forgets:
+            visible = visible & ((distance < window) | is_sink[:, None, :])
         if ancestors is not None:
             cache.memory.draft = (k, v)
         elif cache is not None:
             cache.memory.keep(keys, values, tokens)
             if segments is not None:
                 cache.memory.compact()
+        if capped:
+            # [q, sink_q].[k, 0] = q.k, and of a sink [q, sink_q].[0, k] = sink_q.k.
+            q = torch.cat([q, sink_q], dim=-1)
+            at_sinks = is_sink[:, None, :, None]
+            keys = torch.cat([keys.masked_fill(at_sinks, 0), keys.masked_fill(~at_sinks, 0)], dim=-1)
         return softmax_attention(q, keys, values, visible, scale)
 
     def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:

@@ -33,6 +33,8 @@ class LinearAttentionConfig:
             branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head that starts at 0; `query`
             multiplies this by exp(w.q) with a learned w per head, on the q that phi sees.
         conv_taps: K, causal taps of the depthwise convolution on v (one filter per query head, zero at start).
+        kept_window: where heads are kept softmax, how many tokens back they look, sinks beside them as above: their
+            memory is constant too. None: all tokens.
         slack: recent tokens that the cache keeps beyond the window: the longest exact `crop` and the deepest tree.
 
     Raises:
@@ -52,6 +54,7 @@ class LinearAttentionConfig:
     norm: Literal["sum", "count", "rms", "none"] = "sum"
     far_weight: Literal["one", "learned", "query"] = "learned"
     conv_taps: int = 32
+    kept_window: int | None = None
     slack: int = 64
 
     def __post_init__(self):
@@ -61,6 +64,9 @@ class LinearAttentionConfig:
             raise ValueError(f"feature_dim: {self.feature_dim} leaves phi empty; use 1 or more, or feature_map: null")
         if self.sink_distance is not None and self.sink_distance < 1:
             raise ValueError(f"sink_distance: {self.sink_distance} is no distance; use 1 or more, or null")
+        if self.kept_window is not None and self.kept_window < max(1, self.sinks):
+            least = max(1, self.sinks)
+            raise ValueError(f"kept_window: {self.kept_window} tokens are too few; use {least} or more, or null")
         if self.feature_expansion < 1:
             raise ValueError(f"feature_expansion: {self.feature_expansion} leaves phi empty; use 1 or more")
         for name in ("sinks", "conv_taps", "slack"):

@@ -1,4 +1,4 @@
-"""Heads that stay softmax: exact attention over every visible key, and the growing memory of those keys."""
+"""Heads that stay softmax: exact attention over every visible key, and the memory of those keys."""
 
 from collections.abc import Callable
 
@@ -24,14 +24,19 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, s
 
 
 class SoftmaxMemory:
-    """Keys and values of the kept heads, for every token of each row's current document.
+    """Keys and values of the kept heads, for the tokens of each row's current document.
+
+    Args:
+        sinks: first tokens of a document that are never forgotten.
+        recent: how many of its latest tokens are remembered; None: all of it.
 
     Attributes:
         k, v: [B, n, T, D], [B, n, T, D_v], in the order in which tokens came; None before the first.
         position: [B, T], index within the document; `PADDING` where the slot holds no token of the row's document.
     """
 
-    def __init__(self):
+    def __init__(self, sinks: int, recent: int | None):
+        self.sinks, self.recent = sinks, recent
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.position: Tensor | None = None
@@ -52,6 +57,11 @@ class SoftmaxMemory:
         current = tokens.document.amax(1, keepdim=True).clamp(min=0)
         self.k, self.v = k, v
         self.position = torch.where(tokens.document == current, tokens.position, PADDING)
+        if self.recent is not None and k.shape[2] > self.recent:
+            oldest = self.position.amax(1, keepdim=True) - self.recent
+            is_held = (self.position > oldest) | (self.position < self.sinks)
+            self.position = torch.where(is_held, self.position, PADDING)
+            self.compact()
 
     def accept(self, path: Tensor, length: Tensor) -> None:
         """Commit nodes of the `draft` tree: path [B, n], -1 where a row accepts fewer; length [B] before it."""

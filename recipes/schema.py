@@ -210,13 +210,21 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSection
     attention: AttentionSection = AttentionSection()
-    keep: KeepSection | None = None
+    keep: Annotated[KeepSection | None, Field(validate_default=True)] = None
     data: DataSection
     transfer: TransferSection | None = None
     finetune: FinetuneSection | None = None
     medusa: MedusaSection | None = None
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
+
+    @field_validator("keep")
+    @classmethod
+    def _kept_window_is_of_kept_heads(cls, keep: KeepSection | None, info: ValidationInfo) -> KeepSection | None:
+        attention = info.data.get("attention")
+        if keep is None and attention is not None and attention.kept_window is not None:
+            raise ValueError("attention.kept_window is for heads that are kept; say which, or set it to null")
+        return keep
 
     @field_validator("transfer", "finetune", "medusa")
     @classmethod

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 
 @pytest.fixture
@@ -124,13 +124,32 @@ def test_tokenizer_larger_than_the_embedding(refused, tiny_model, tmp_path):
     assert "model.tokenizer: tokenizer has 244 tokens but the model's embedding has 100 rows" in line
 
 
-def test_lengths_beyond_the_model(refused):
+@pytest.fixture
+def table_model(tiny_model, tmp_path):
+    """A model whose positions are a table, which ends; rotations go on for ever."""
+    path = tmp_path / "gpt2"
+    shutil.copytree(tiny_model, path)
+    vocabulary = AutoConfig.from_pretrained(tiny_model).vocab_size
+    config = GPT2Config(vocab_size=vocabulary, n_positions=512, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(path)
+    return path
+
+
+def test_lengths_beyond_the_model(linearize, refused, tiny_model, table_model):
     assert "transfer.length: 1024 is longer than the 512 positions" in refused("transfer.length=1024")
-    tokens = "evaluate.tokens=2048"
-    assert "evaluate.lengths: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.lengths=[1024]")
-    assert "evaluate.copying: 1024 tokens are more than the 512 pos" in refused(tokens, "evaluate.copying={texts: 1}")
-    assert "evaluate.passkey: 600 tokens are more than the 512 pos" in refused(tokens, "evaluate.passkey=[600]")
     assert "evaluate.recall: 64 pairs need 128 words of one token" in refused("evaluate.recall=[64]")
+    for change, reason in (
+        ("lengths=[1024]", "lengths: 1024 tokens are more than the 512 pos"),
+        ("copying={texts: 1}", "copying: 1024 tokens are more than the 512 pos"),
+        ("passkey=[600]", "passkey: 600 tokens are more than the 512 pos"),
+    ):
+        line = refused("evaluate.tokens=2048", f"evaluate.{change}", model={"source": str(table_model)}, finetune=None)
+        assert f"evaluate.{reason}" in line
+    options = ("--copying", 0, "--lengths", 1024, "--tokens", 1024)
+    assert linearize("evaluate", tiny_model, *options).code == 0
+    result = linearize("evaluate", table_model, *options)
+    assert result.code == 2
+    assert result.stderr.startswith("linearize: --lengths: 1024 tokens are more than the 512 positions")
 
 
 def test_phases_beyond_the_model(refused):
@@ -227,7 +246,7 @@ def test_no_model_there(linearize, tmp_path, verb):
 
 def test_unknown_recipe(linearize):
     result = linearize("check", "demoo")
-    assert result.code == 2 and "demoo: no such file, and no shipped recipe of that name (demo, lora)" in result.stderr
+    assert result.code == 2 and "demoo: no such file, and no shipped recipe of that name (demo, lora, " in result.stderr
 
 
 def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path):
@@ -248,7 +267,6 @@ def test_a_softmax_model_is_nothing_to_chat_with(linearize, tiny_model):
     ("options", "expected"),
     [
         (["--lengths", 9000], "--lengths: 9000 tokens are more than the 8192 to measure on"),
-        (["--lengths", 1024], "--lengths: 1024 tokens are more than the 512 positions that the model knows"),
         (["--lengths", 64, "--recall", 200], "--recall: 200 pairs need 400 words of one token, the held-out text has"),
         (["--lengths", 64, "--passkey", 10], "--passkey: 10 tokens do not hold the "),
         (["--data", "nowhere.txt"], "--data nowhere.txt: "),
@@ -324,3 +342,9 @@ def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
 )
 def test_heads_that_cannot_be_kept(refused, keep, reason):
     assert reason in refused(keep=keep)
+
+
+def test_a_window_of_kept_heads_that_cannot_be(refused):
+    assert "attention.kept_window is for heads that are kept" in refused("attention.kept_window=64")
+    line = refused("attention.kept_window=1", keep={"layers": [0]})
+    assert "attention.kept_window: 1 tokens are too few; use 2 or more" in line

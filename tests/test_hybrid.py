@@ -36,18 +36,30 @@ from .test_families import error as model_error
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
 CONFIG = LinearAttentionConfig(window_size=5, sinks=3, conv_taps=4, slack=6)
+# Kept heads that forget; sinks see queries otherwise from the eighth token on, or as they are.
+FORGETFUL = replace(CONFIG, kept_window=11, sink_distance=7)
+FORGETFUL_CONFIGS = [FORGETFUL, replace(FORGETFUL, sink_distance=None)]
 GROUPS = HEADS // KV_HEADS
 PACKED = torch.tensor([[1] * 90, [0] * 9 + [1] * 40 + [0] * 3 + [2] * 30 + [0] * 8])
 
 
-def softmax(x):
-    """Exact softmax attention of every head, by its definition."""
+def softmax(x, config=CONFIG):
+    """Softmax attention of every head by its definition, within `config.kept_window` and sinks where that is set."""
     index = torch.arange(x.shape[1])
-    visible = index <= index[:, None]
+    visible = (index <= index[:, None])[None, None]
+    position = index.expand(x.shape)
     if x.segments is not None:
         visible = visible & (x.segments[:, :, None] == x.segments[:, None, :])[:, None]
+        # The rank of each token within its document.
+        position = (visible.squeeze(1).sum(-1) - 1)
     k, v = (y.repeat_interleave(GROUPS, dim=1) for y in (x.k, x.v))
-    return (x.q @ k.mT * SCALE).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    scores = x.q @ k.mT
+    if config.kept_window is not None:
+        is_sink = (position < config.sinks)[:, None, None, :]
+        visible = visible & ((index[:, None] - index < config.kept_window) | is_sink)
+        if config.sink_distance is not None:
+            scores = torch.where(is_sink, x.sink_q @ k.mT, scores)
+    return (scores * SCALE).masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("segments", [None, PACKED], ids=["one document", "padded and packed"])
@@ -69,23 +81,42 @@ def test_kept_heads_are_softmax_and_the_others_what_they_were(kept, state, segme
     assert error(out[:, rest], softmax(x)[:, rest], x.valid) < 1e-12
 
 
+@pytest.mark.parametrize("segments", [None, PACKED], ids=["one document", "padded and packed"])
+@pytest.mark.parametrize("config", FORGETFUL_CONFIGS, ids=["capped sinks", "sinks in place"])
+@pytest.mark.parametrize("kept", [(0,), (0, 1)])
+def test_kept_heads_with_a_window(kept, config, segments):
+    """What they do by definition, at once and from a cache, in which they hold no more than that."""
+    x = Sequence.random(2, 90, segments=segments)
+    layer = make_layer(config, kept=kept)
+    heads = [head for head in range(HEADS) if head // GROUPS in kept]
+    expected = softmax(x, config)[:, heads]
+    assert error(run(layer, x)[:, heads], expected, x.valid) < 1e-12
+    for ends in ([90], [1, 2, 40, 41, 90], [*range(1, 91)]):
+        cache = LinearCacheLayer(config)
+        assert error(run_split(layer, x, ends, cache)[:, heads], expected, x.valid) < 1e-12
+        held = (cache.memory.position != PADDING).sum(1)
+        assert (held <= config.sinks + config.kept_window + config.slack).all()
+        assert cache.memory.k.shape[2] <= 2 * held.max()  # rows of different lengths: each its own slots
+
+
 def test_all_heads_kept_leave_no_parameters():
     assert not list(make_layer(CONFIG, kept=(0, 1)).parameters())
     half, whole = make_layer(CONFIG, kept=(1,)), make_layer(CONFIG)
     assert 2 * sum(p.numel() for p in half.parameters()) == sum(p.numel() for p in whole.parameters())
 
 
+@pytest.mark.parametrize("config", [CONFIG, *FORGETFUL_CONFIGS], ids=["all tokens", "capped sinks", "sinks in place"])
 @pytest.mark.parametrize("kept", [(1,), (0, 1)])
 @pytest.mark.parametrize("length", [1, 4, 9, 30])
-def test_crop_is_never_having_seen(length, kept):
-    layer = make_layer(CONFIG, kept=kept)
+def test_crop_is_never_having_seen(length, kept, config):
+    layer = make_layer(config, kept=kept)
     segments = torch.ones(2, length + 20, dtype=torch.long)
     segments[1, : length // 2] = 0
     x, wrong = (Sequence.random(2, length + 20, seed=seed, segments=segments) for seed in (0, 1))
     expected = run(layer, x)
     for remove in range(min(CONFIG.slack, length - length // 2) + 1):
         start = length - remove
-        cache = LinearCacheLayer(CONFIG)
+        cache = LinearCacheLayer(config)
         run_split(layer, x[:start], [start], cache) if start else None
         run(layer, wrong[start:length], cache=cache) if remove else None
         cache.crop(-remove)
@@ -143,6 +174,26 @@ def test_accepted_nodes_alone_are_remembered():
     assert (cache.memory.position != PADDING).sum(1).tolist() == [14, 13]
     run(layer, nodes[[0, 2]], cache=alone)
     assert_same_memory(row_of(cache, 0), row_of(alone, 0))
+
+
+@pytest.mark.parametrize("config", FORGETFUL_CONFIGS, ids=["capped sinks", "sinks in place"])
+def test_a_tree_is_every_path_alone_in_a_window(config):
+    layer = make_layer(config, kept=(0,))
+    x = Sequence.random(2, 33)
+    cache = LinearCacheLayer(config)
+    run(layer, x[:30], cache=cache)
+    fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    out = run(layer, x[30:], cache=deepcopy(cache), ancestors=fork)
+    for node in (1, 2):
+        path = [30, 30 + node]
+        alone = run(layer, x[path], cache=deepcopy(cache))
+        assert error(out[:, :, [0, node]], alone) < 1e-12
+    grown = deepcopy(cache)
+    run(layer, x[30:], cache=grown, ancestors=fork)
+    grown.accept(torch.tensor([[0, 2]] * 2))
+    run(layer, x[[30, 32]], cache=cache)
+    for row in (0, 1):
+        assert_same_memory(row_of(grown, row), row_of(cache, row))
 
 
 def test_a_tree_behind_nothing_leaves_other_sequences_where_they_are():
@@ -246,6 +297,22 @@ def test_only_kept_heads_grow():
         model(text(1, length), past_key_values=cache)
         sizes.append(cache.nbytes)
     assert sizes[1] - sizes[0] == 100 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("kept", [{1: (0,)}, {0: (0, 1), 1: (1,)}], ids=["one head", "a whole layer"])
+def test_a_window_of_kept_heads_makes_memory_constant(kept):
+    config = replace(FAMILY_CONFIG, kept_window=20, sink_distance=15)
+    model = randomize(install(tiny_model("llama"), config, kept))
+    ids = text(1, 160)
+    assert model_error(cached_logits(model, ids), logits(model, ids)) < TOLERANCE
+    sizes = []
+    for length in (60, 160):
+        cache = LinearCache(model)
+        model(ids[:, :length], past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert sizes[0] == sizes[1]
+    everything = randomize(install(tiny_model("llama"), replace(config, kept_window=None), kept))
+    assert model_error(logits(everything, ids), logits(model, ids)) > 1e-3, "the window changes nothing"
 
 
 def test_heads_that_are_not_there_leave_the_model_untouched():

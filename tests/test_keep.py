@@ -105,6 +105,20 @@ def test_convert_with_named_heads(linearize, recipe, tmp_path):
     assert sum(losses[3:]) < sum(losses[:3])
 
 
+def test_convert_with_a_window_of_kept_heads(linearize, recipe, tmp_path):
+    """Constant memory, and as the plan has it."""
+    stages = {"transfer": None, "finetune": None, "medusa": None}
+    result = linearize("convert", recipe(keep={"layers": [0]}, **stages), "attention.kept_window=100")
+    assert result.code == 0, result.stderr
+    run = tmp_path / "run"
+    plan = json.loads((run / "plan.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
+    ids = torch.randint(2, 200, (1, 400), generator=torch.Generator().manual_seed(0))
+    cache = model(ids, use_cache=True).past_key_values
+    assert cache.nbytes == plan["state_bytes"] + plan["kept_bytes"] * plan["kept_tokens"]
+    assert "whatever the length" in linearize("chat", run, "--prompt", "hello", "--max-new-tokens", 1).stdout
+
+
 def test_convert_with_whole_layers_in_half_precision(linearize, recipe, tmp_path):
     half = ["transfer.bf16=true", "finetune.bf16=true", "finetune.distill=0.5", "model.dtype=bfloat16"]
     result = linearize("convert", recipe(keep={"layers": [0]}, medusa=None), *half)
