@@ -3,35 +3,51 @@
     python benchmarks/fidelity.py RECIPE --out DIRECTORY [--variants NAME ...] [--processes N] [KEY=VALUE ...]
 
 Every variant is the recipe with the overrides below and those of the command line; they share the unpacked model.
-The first variant also finetunes the softmax model alike: the teacher that all ratios are to. A variant that is
-finished is not run again. Writes `table.md` and, per variant, the run itself with its log.
+With the first variant the softmax model is measured, and the same finetuned alike: the teacher that all ratios are to.
+A variant that is finished is not run again. Writes `table.md` and, per variant, the run itself with its log.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from linearize.convert.evaluate import RESULTS, TEACHER, TUNED_TEACHER
 
+SEED = ["seed=1"]
+KEEP = ["keep={kv_budget: 0.1}"]
+# The same tokens per step in longer sequences.
+LONG = [f"{stage}.{field}" for stage in ("transfer", "finetune") for field in ("length=2048", "batch_size=4")]
 VARIANTS = {
     "augmented": [],
-    "augmented, another seed": ["seed=1"],
+    "10% of KV heads kept": KEEP,
+    "augmented, another seed": SEED,
+    "10% of KV heads kept, another seed": [*KEEP, *SEED],
     "window + sinks, retrained": ["attention.preset=swa", "transfer=null"],
-    "lolcats": ["attention.preset=lolcats", "keep=null"],
+    "lolcats": ["attention.preset=lolcats"],
+    "trained at length 2048": LONG,
+    "512 features, some text repeated": [
+        "attention.feature_expansion=8", "transfer.recall=0.3", "finetune.recall=0.3"
+    ],
     "decay": ["attention.state=decay"],
     "own and previous block near": ["attention.window=terrace"],
-    "10% of KV heads kept": ["keep={kv_budget: 0.1}"],
 }
 
 
-def convert(recipe: str, directory: Path, overrides: list[str], *options: str) -> int:
+def convert(recipe: str, directory: Path, overrides: list[str], *options: str, index: int = 0) -> int:
+    """Exit code of `linearize convert`, on GPU `index` modulo their number."""
     directory.mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {})
     command = [sys.executable, "-m", "linearize.cli", "convert", recipe, *overrides, "--out", directory / "run"]
     with open(directory / "log.txt", "a", encoding="utf-8") as log:
-        return subprocess.run([*map(str, command), "--resume", *options], stdout=log, stderr=log).returncode
+        command = [*map(str, command), "--resume", *options]
+        return subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
 
 
 def rows(directory: Path, names: list[str]) -> list[tuple[str, dict]]:
@@ -88,8 +104,9 @@ def main() -> None:
 
     def one(index: int) -> int:
         name = arguments.variants[index]
-        teacher = [f"evaluate.tuned_teacher={str(index == 0).lower()}"]
-        return convert(arguments.recipe, arguments.out / name, [*overrides, *VARIANTS[name], *teacher])
+        first = str(index == 0).lower()
+        beside = [f"evaluate.baselines={first}", f"evaluate.tuned_teacher={first}"]
+        return convert(arguments.recipe, arguments.out / name, [*overrides, *VARIANTS[name], *beside], index=index)
 
     with ThreadPoolExecutor(arguments.processes) as pool:
         codes = list(pool.map(one, range(len(arguments.variants))))
