@@ -71,6 +71,11 @@ def test_who_is_measured_on_what(convert, recipe, tmp_path):
     assert len(set(perplexities.values())) == 5  # installed is the window + sinks
     assert measured["ablations"]["linear only"]["text"]["64"] != measured["models"]["after finetune"]["text"]["64"]
 
+    convert(recipe(evaluate=EVALUATE, medusa=None, export=None), "evaluate.baselines=false", "--from", "evaluate")
+    alone = results(tmp_path / "run")
+    assert list(alone["models"]) == ["installed", "after transfer", "after finetune"]
+    assert alone["models"]["after finetune"] == measured["models"]["after finetune"]
+
 
 def test_stopped_stage_goes_on_behind_its_last_measurement(convert, recipe, tmp_path, monkeypatch):
     path = recipe(evaluate=EVALUATE, medusa=None, export=None)

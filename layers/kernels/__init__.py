@@ -90,7 +90,7 @@ def reference(problem: Problem) -> Tensor:
         keys.position[:, past:],
         keys.position,
         visible,
-        problem.state,
+        None if problem.state is None else problem.state.M,
         problem.config,
         problem.weights,
         problem.scale,
@@ -110,7 +110,7 @@ def chunked(problem: Problem) -> Tensor:
         return reference(problem)
 
     def after_past(x):  # remembered tokens take part as keys; their outputs are dropped
-        return torch.cat([x.new_zeros(*x.shape[:2], problem.past, x.shape[3]), x], dim=2)
+        return x if not problem.past else torch.cat([x.new_zeros(*x.shape[:2], problem.past, x.shape[3]), x], dim=2)
 
     out = attend_sequence(
         after_past(problem.q),

@@ -175,7 +175,7 @@ def attend_sequence(
             if G_q is not None:
                 G_k = layout.tile(memory.G.unsqueeze(-1)).squeeze(-1)
                 G_k = torch.cat([G_k[..., :-size], G_q.flatten(0, 1)], dim=-1)
-        carried = State.of(M.flatten(0, 1))
+        carried = M.flatten(0, 1)
         G_q = None if G_q is None else G_q.flatten(0, 1)
 
     v_tile = layout.tile(v)

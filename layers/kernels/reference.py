@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import LinearAttentionConfig
 from ..tokens import near
-from .memory import State, fade
+from .memory import fade
 
 EPS = 1e-6
 
@@ -67,7 +67,7 @@ def attend(
     q_position: Tensor,
     k_position: Tensor,
     visible: Tensor,
-    state: State | None,
+    M: Tensor | None,
     config: LinearAttentionConfig,
     weights: Weights,
     scale: float,
@@ -83,7 +83,8 @@ def attend(
         G_q: [N, H_kv, Q]; G_k: [N, H_kv, K]; summed log decays since the state's time, or None where nothing fades.
         q_position, k_position: [N, Q], [N, K] positions within the document.
         visible: [N, Q, K], whether query q may look at key k at all.
-        state: sums over further keys, far to every query (to those in `recalls` [N, Q], where given).
+        M: [N, H_kv, F, D_v + 1], what the state holds of further keys, far to every query (to those in `recalls`
+            [N, Q], where given).
         sink_q: [N, H, Q, D], the queries as sinks see them, where that is not as all other keys do.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
@@ -115,11 +116,11 @@ def attend(
             if G_q is not None:
                 b = b * fade(G_q, G_k).repeat_interleave(b.shape[1] // G_q.shape[1], dim=1)
             far = contract(b, u)
-        if state is not None:
+        if M is not None:
             recalling = phi_q if recalls is None else phi_q * recalls[:, None, :, None]
             if G_q is not None:
                 recalling = recalling * G_q.exp().repeat_interleave(phi_q.shape[1] // G_q.shape[1], dim=1).unsqueeze(-1)
-            far = far + contract(recalling, state.M)
+            far = far + contract(recalling, M)
         b_v, b_sum = far[..., :-1], far[..., -1:]
 
     if config.combine == "shared":
