@@ -29,7 +29,7 @@ VARIANTS = {
     "augmented, another seed": SEED,
     "10% of KV heads kept, another seed": [*KEEP, *SEED],
     "window + sinks, retrained": ["attention.preset=swa", "transfer=null"],
-    "lolcats": ["attention.preset=lolcats"],
+    "lolcats": ["attention.preset=lolcats", "keep=null"],
     "trained at length 2048": LONG,
     "512 features, some text repeated": [
         "attention.feature_expansion=8", "transfer.recall=0.3", "finetune.recall=0.3"

@@ -32,13 +32,11 @@ BYTES = 2
 
 
 def cache_bytes(model) -> int:
-    layers = list(model.linear_attentions().values())
-    config = layers[0].config
-    held = CONTEXT
-    if config.kept_window is not None:
-        held = min(CONTEXT, config.sinks + config.kept_window + config.slack)
-    kept = sum(len(layer.kept) * 2 * layer.head_dim * BYTES * held for layer in layers)
-    return kept + sum(state_bytes(layer, True, BYTES) for layer in layers)
+    total = 0
+    for layer in model.linear_attentions().values():
+        tokens = min(CONTEXT, layer.config.kept_tokens or CONTEXT)
+        total += state_bytes(layer, True, BYTES) + len(layer.kept) * 2 * layer.head_dim * BYTES * tokens
+    return total
 
 
 def measure(model, stream: torch.Tensor) -> dict[str, float]:
@@ -87,18 +85,17 @@ def main() -> None:
         torch.tensor(tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"])
         for path in (arguments.train, arguments.heldout)
     )
-    rows = [{"kept": "all", "window": "all", "MiB": None, **measure(model, stream)}]
     texts = trained[: TEXTS * 512].view(TEXTS, 512).repeat(1, 2).to(device)
     found = calibrate(model, PRESETS["swa"], texts, max(arguments.heads), console)
-    for window in (None, *arguments.windows):
-        config = replace(PRESETS["swa"], kept_window=window)
-        for count in arguments.heads:
-            install(model, config, heads_by_layer(found.kept[:count]))
-            row = {"kept": count, "window": window or "all", "MiB": cache_bytes(model) / 2**20}
-            rows.append(row | measure(model, stream))
-            console.print(rows[-1])
-    shapes = [(layer.kv_heads + len(layer.kept)) * layer.head_dim for layer in model.linear_attentions().values()]
-    rows[0]["MiB"] = sum(shapes) * 2 * BYTES * CONTEXT / 2**20
+    # All heads kept are the softmax model.
+    choices = [(None, list(found.retrieval))]
+    choices += [(window, found.kept[:count]) for window in (None, *arguments.windows) for count in arguments.heads]
+    rows = []
+    for window, kept in choices:
+        install(model, replace(PRESETS["swa"], kept_window=window), heads_by_layer(kept))
+        row = {"kept": len(kept), "window": window or "all", "MiB": cache_bytes(model) / 2**20}
+        rows.append(row | measure(model, stream))
+        console.print(rows[-1])
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = {"model": arguments.model, "device": device, "calibration": found.to_dict(), "rows": rows}
     (arguments.out / "recall.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")

@@ -15,6 +15,7 @@ from linearize.convert import probes
 from linearize.convert.far_mass import divides_mass, far_mass
 from linearize.convert.probes import Probe, doubling
 from linearize.layers.config import LinearAttentionConfig
+from linearize.layers.seam import rotary_embeddings
 from linearize.recipes.evaluation import EvaluateSection
 
 # Longer sequences go through the model in pieces of this many tokens, with its cache between them.
@@ -158,7 +159,7 @@ def recall(model: nn.Module, asking: list[Probe]) -> dict:
 
 def position_limit(model: nn.Module) -> int | None:
     """How long a sequence `model` can read at all; None where its positions are rotations, which go on for ever."""
-    if any(type(module).__name__.endswith("RotaryEmbedding") for module in model.modules()):
+    if rotary_embeddings(model):
         return None
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 

@@ -19,8 +19,9 @@ RESOLVED = "resolved.yaml"
 def run(context: Context, todo: list[str], start: str | None = None) -> None:
     """Run the stages that `stages_to_run` found; `start` as there."""
     write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
-    # Several times faster, and no coarser than the rest of a model in bfloat16; sums stay fp32.
-    torch.set_float32_matmul_precision("high")
+    if context.device.type == "cuda":
+        # Products of fp32 on tensor cores; their sums stay fp32.
+        torch.set_float32_matmul_precision("high")
     if start is not None:
         # What follows from a stage that is redone is not finished any more.
         for stage in STAGES[STAGES.index(start) :]:

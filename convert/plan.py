@@ -18,7 +18,7 @@ from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.layers.attention import LinearAttention
-from linearize.layers.config import LinearAttentionConfig, window_alone
+from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
 from linearize.recipes.attention import KeepSection
@@ -155,17 +155,13 @@ def _make_plan(recipe: Recipe) -> Plan:
         stages=stages,
         kept_heads=sum(map(len, kept.values())),
         kept_bytes=sum(len(chosen) * 2 * shapes[layer][2] * item for layer, chosen in kept.items()),
-        kept_tokens=_kept_tokens(recipe.attention.config),
+        kept_tokens=recipe.attention.config.kept_tokens,
         state_bytes=held,
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
         disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
     )
-
-
-def _kept_tokens(config: LinearAttentionConfig) -> int | None:
-    return None if config.kept_window is None else config.sinks + config.kept_window + config.slack
 
 
 def _planned_heads(keep: KeepSection | None, kv_heads: dict[int, int]) -> dict[int, tuple[int, ...]]:
@@ -285,8 +281,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
     if plan.kept_heads:
         total = plan.layers * plan.kv_heads
+        bound = "" if plan.kept_tokens is None else f", of {plan.kept_tokens} tokens at most"
         console.print(
-            f"{plan.kept_heads} of {total} key heads stay softmax: {plan.kept_heads / total:.1%} of the KV cache"
+            f"{plan.kept_heads} of {total} key heads stay softmax: {plan.kept_heads / total:.1%} of the KV cache{bound}"
         )
     table = Table()
     for name in ("stage", "steps", "tokens", "trained", "share"):

@@ -52,17 +52,22 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         name=recipe.name,
         base=base or "A model",
-        memory=_memory(metrics["install"]),
+        memory=_memory(metrics["install"], recipe.attention.kept_window),
         results=_results(metrics),
         recipe=dump_recipe(recipe),
     )
 
 
-def _memory(installed: dict) -> str:
+def _memory(installed: dict, kept_window: int | None) -> str:
     kept = {layer: heads for layer, heads in installed["kept_heads"].items() if heads}
     if not kept:
         return "memory per generated token is constant, prefill is linear in length."
     names = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in kept.items())
+    if kept_window is not None:
+        return (
+            "memory per generated token is constant and prefill linear in length; some key heads stay softmax over\n"
+            f"the last {kept_window} tokens ({names})."
+        )
     return (
         "memory per generated token is constant and prefill linear in length, except for the key heads that stay\n"
         f"softmax and keep their cache ({names})."

@@ -154,16 +154,15 @@ class LinearAttention(nn.Module):
         keys, values = k, v
         if cache is not None:
             keys, values, tokens = cache.memory.recall(k, v, tokens)
-        count = keys.shape[2]
-        alone = segments is None and ancestors is None and count == q.shape[2]
+        alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
         window = self.config.kept_window
-        slides, forgets = (size is not None and count > size for size in (sliding_window, window))
-        capped = window is not None and sink_q is not None
+        slides, forgets = (size is not None and keys.shape[2] > size for size in (sliding_window, window))
         visible = None
-        if not alone or slides or forgets or capped:
+        if not alone or slides or forgets:
             visible = visible_keys(tokens, q.shape[2], ancestors)
-        distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
         is_sink = tokens.position < self.config.sinks
+        if slides or forgets:
+            distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
         if slides:
             visible = visible & (distance < sliding_window)
         if forgets:
@@ -174,7 +173,7 @@ class LinearAttention(nn.Module):
             cache.memory.keep(keys, values, tokens)
             if segments is not None:
                 cache.memory.compact()
-        if capped:
+        if window is not None and sink_q is not None:
             # [q, sink_q].[k, 0] = q.k, and of a sink [q, sink_q].[0, k] = sink_q.k.
             q = torch.cat([q, sink_q], dim=-1)
             at_sinks = is_sink[:, None, :, None]

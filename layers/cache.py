@@ -25,7 +25,7 @@ class LinearCacheLayer(CacheLayerMixin):
             `v`; the first `count` slots of a row hold its latest tokens, oldest first.
         sinks: the same names, [B, H_kv, s, ..]: the sinks that have left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
-        memory: the kept heads' tokens, which alone grow (up to `config.kept_window` and `slack`, where that is set).
+        memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
     """
@@ -45,9 +45,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
         self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens] | None = None
-        config = self.config
-        recent = None if config.kept_window is None else config.kept_window + config.slack
-        self.memory = SoftmaxMemory(config.sinks, recent)
+        self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
 
     def lazy_initialization(self, new: dict[str, Tensor], phi_k: Tensor | None) -> None:

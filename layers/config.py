@@ -100,6 +100,11 @@ class LinearAttentionConfig:
         """Recent tokens the cache keeps raw."""
         return self.reach + self.slack
 
+    @property
+    def kept_tokens(self) -> int | None:
+        """How many tokens the cache keeps of kept heads at most, sinks among them; None: all."""
+        return None if self.kept_window is None else self.sinks + self.kept_window + self.slack
+
     def to_dict(self) -> dict:
         return asdict(self)
 

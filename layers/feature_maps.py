@@ -97,8 +97,8 @@ class Projected(FeatureMap):
 
     def build(self, heads, head_dim):
         start = torch.eye(head_dim, self.columns())
-        further = start[:, head_dim:].split(head_dim, dim=1) if self.columns() > head_dim else ()
-        for block, (rotation, _) in zip(further, rotations(head_dim, len(further)), strict=True):
+        for i, (rotation, _) in enumerate(rotations(head_dim, (self.columns() - 1) // head_dim), start=1):
+            block = start[:, i * head_dim : (i + 1) * head_dim]
             block.copy_(rotation[:, : block.shape[1]])
         self.weight = nn.Parameter(start.repeat(heads, 1, 1))
 

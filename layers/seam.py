@@ -108,6 +108,11 @@ def is_rotary(module: nn.Module) -> bool:
     return "position_embeddings" in inspect.signature(type(module).forward).parameters
 
 
+def rotary_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that make cos and sin of positions."""
+    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+
+
 def _rotate_function(module: nn.Module):
     family = sys.modules[inspect.unwrap(type(module).forward).__module__]
     return getattr(family, "apply_rotary_pos_emb", None)
@@ -196,7 +201,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
     for index, heads in kept.items():
         if index not in shapes or not set(heads) <= set(range(shapes[index][1])):
             raise ValueError(f"kept_heads: the model has no key heads {list(heads)} in an attention layer {index}")
-    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    rotary = rotary_embeddings(model)
     if config.sink_distance is not None and not rotary and any(map(is_rotary, modules.values())):
         raise ValueError(
             f"sink_distance: {type(model).__name__} has no module for its rotary embedding; use sink_distance: null"

@@ -28,15 +28,15 @@ class SoftmaxMemory:
 
     Args:
         sinks: first tokens of a document that are never forgotten.
-        recent: how many of its latest tokens are remembered; None: all of it.
+        limit: tokens of a document that are remembered, sinks and the latest; None: all of it.
 
     Attributes:
         k, v: [B, n, T, D], [B, n, T, D_v], in the order in which tokens came; None before the first.
         position: [B, T], index within the document; `PADDING` where the slot holds no token of the row's document.
     """
 
-    def __init__(self, sinks: int, recent: int | None):
-        self.sinks, self.recent = sinks, recent
+    def __init__(self, sinks: int, limit: int | None):
+        self.sinks, self.limit = sinks, limit
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.position: Tensor | None = None
@@ -57,9 +57,9 @@ class SoftmaxMemory:
         current = tokens.document.amax(1, keepdim=True).clamp(min=0)
         self.k, self.v = k, v
         self.position = torch.where(tokens.document == current, tokens.position, PADDING)
-        if self.recent is not None and k.shape[2] > self.recent:
-            oldest = self.position.amax(1, keepdim=True) - self.recent
-            is_held = (self.position > oldest) | (self.position < self.sinks)
+        if self.limit is not None and k.shape[2] > self.limit:
+            forgotten = self.position.amax(1, keepdim=True) - (self.limit - self.sinks)
+            is_held = (self.position > forgotten) | (self.position < self.sinks)
             self.position = torch.where(is_held, self.position, PADDING)
             self.compact()
 

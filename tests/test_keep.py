@@ -112,6 +112,9 @@ def test_convert_with_a_window_of_kept_heads(linearize, recipe, tmp_path):
     assert result.code == 0, result.stderr
     run = tmp_path / "run"
     plan = json.loads((run / "plan.json").read_text())
+    # Sinks, window and slack; the console breaks lines.
+    assert f"of the KV cache, of {2 + 100 + 8} tokens at most" in " ".join(result.stdout.split())
+    assert "softmax over\nthe last 100 tokens (layer 0: 0, 1)" in (run / "export" / "model" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
     ids = torch.randint(2, 200, (1, 400), generator=torch.Generator().manual_seed(0))
     cache = model(ids, use_cache=True).past_key_values
