@@ -21,6 +21,7 @@ from linearize.convert.evaluate import RESULTS, TEACHER, TUNED_TEACHER
 
 SEED = ["seed=1"]
 KEEP = ["keep={kv_budget: 0.1}"]
+WINDOW = ["attention.preset=swa", "transfer=null"]
 # The same tokens per step in longer sequences.
 LONG = [f"{stage}.{field}" for stage in ("transfer", "finetune") for field in ("length=2048", "batch_size=4")]
 VARIANTS = {
@@ -28,7 +29,8 @@ VARIANTS = {
     "10% of KV heads kept": KEEP,
     "augmented, another seed": SEED,
     "10% of KV heads kept, another seed": [*KEEP, *SEED],
-    "window + sinks, retrained": ["attention.preset=swa", "transfer=null"],
+    "window + sinks, retrained": WINDOW,
+    "10% kept, the rest window + sinks, retrained": [*KEEP, *WINDOW],
     "lolcats": ["attention.preset=lolcats", "keep=null"],
     "trained at length 2048": LONG,
     "512 features, some text repeated": [

@@ -31,7 +31,7 @@ def repeat_a_part(input_ids: Tensor, choice: random.Random) -> Tensor:
     return repeated
 
 
-def read_evenly(sources: Sequence[Iterator[list[int]]], tokens: int) -> list[Tensor]:
+def read_evenly(sources: Sequence[Iterator[Tensor]], tokens: int) -> list[Tensor]:
     """Whole documents of `tokens` tokens in all: an equal share of each source, more of the others where one has less.
 
     The next document comes from the source of which the fewest tokens were read, so a source whose documents are long
@@ -46,7 +46,7 @@ def read_evenly(sources: Sequence[Iterator[list[int]]], tokens: int) -> list[Ten
         if document is None:
             left.remove(behind)
         else:
-            documents.append(torch.tensor(document))
+            documents.append(document)
             read[behind] += len(document)
     return documents
 
@@ -70,7 +70,7 @@ class TrainingBatches(Dataset):
         ValueError: there are fewer tokens than one sequence needs.
     """
 
-    def __init__(self, sources: Sequence[Iterator[list[int]]], section: Training, seed: int, processes: int = 1):
+    def __init__(self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, processes: int = 1):
         self.section, self.seed = section, seed
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass * processes
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]

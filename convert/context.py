@@ -103,6 +103,13 @@ class Context:
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(self.stage_directory("load") / "tokenizer")
 
+    @cached_property
+    def training_documents(self) -> list:
+        """The training data's `data.Documents`, one per source, shared by the stages that train."""
+        from linearize.convert.data import Documents
+
+        return [Documents(source, self.tokenizer) for source in self.recipe.data.train]
+
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

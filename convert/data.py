@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, zip_longest
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ from linearize.recipes.schema import BUILTIN_DATA, DataSource
 ROLES = {"human": "user", "gpt": "assistant"}
 
 
-def documents(source: DataSource, tokenizer) -> Iterator[list[int]]:
+def documents(source: DataSource, tokenizer, characters: int | None = None) -> Iterator[list[int]]:
     """Token ids of each document of a source, in its order; blank ones are left out.
+
+    Args:
+        characters: of a text's beginning, the rest is left out; None: all of it.
 
     A text file is one document, or several with form feeds between them. Rows of .jsonl and .parquet files and of
     datasets on the Hub (streamed) are one document each. Every document ends with the tokenizer's eos token, where
@@ -33,7 +36,7 @@ def documents(source: DataSource, tokenizer) -> Iterator[list[int]]:
         if not value or isinstance(value, str) and not value.strip():
             continue
         if isinstance(value, str):
-            ids = tokenizer(value, verbose=False)["input_ids"]
+            ids = tokenizer(value.lstrip()[:characters] if characters else value, verbose=False)["input_ids"]
         elif isinstance(value, list) and isinstance(value[0], dict):
             ids = tokenizer.apply_chat_template(_messages(value, source, tokenizer), return_dict=False)
         else:
@@ -46,6 +49,23 @@ def documents(source: DataSource, tokenizer) -> Iterator[list[int]]:
         yield ids
     if empty:
         raise ValueError(f"{source.source} has no documents")
+
+
+class Documents:
+    """`documents`, tokenized when they are first asked for and kept: every stage reads them from the beginning."""
+
+    def __init__(self, source: DataSource, tokenizer):
+        self._kept: list[torch.Tensor] = []
+        self._rest = documents(source, tokenizer)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in count():
+            if index == len(self._kept):
+                ids = next(self._rest, None)
+                if ids is None:
+                    return
+                self._kept.append(torch.tensor(ids))
+            yield self._kept[index]
 
 
 def _values(source: DataSource) -> Iterator[str | list | None]:
@@ -128,8 +148,14 @@ def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, torc
 
 def in_turns(sources: Sequence[DataSource], tokenizer) -> Iterator[list[int]]:
     """Token ids of the documents of several sources, which take turns."""
-    turns = chain.from_iterable(zip_longest(*(documents(source, tokenizer) for source in sources)))
-    return filter(None, turns)
+    left = [documents(source, tokenizer) for source in sources]
+    while left:
+        for source in list(left):
+            document = next(source, None)
+            if document is None:
+                left.remove(source)
+            else:
+                yield document
 
 
 class PackedDataset(Dataset):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
 from linearize.convert.context import Context, StageError, write_atomically
-from linearize.convert.data import check_tokenizer, packed, token_stream
+from linearize.convert.data import check_tokenizer, documents, packed, problems_named, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
@@ -26,6 +26,8 @@ from linearize.recipes.schema import Recipe
 from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)
+# Characters of a source's first text that show whether it can be read.
+GLANCE = 1000
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -238,10 +240,17 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: in
     if recipe.keep is not None and recipe.keep.kv_budget is not None:
         _check_calibration(recipe, positions)
         wanted.append(("keep.length", "train", recipe.keep.length))
-    for field, data, length in wanted:
+    for field, _, length in wanted:
         if positions is not None and length > positions:
             raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
-        packed(f"data.{data}", getattr(recipe.data, data), tokenizer, length, 1)
+    for data in ("train", "heldout"):
+        sources, lengths = getattr(recipe.data, data), [length for _, of, length in wanted if of == data]
+        if not lengths:
+            continue
+        with problems_named(f"data.{data}", sources):
+            for source in sources:
+                next(documents(source, tokenizer, GLANCE))
+        packed(f"data.{data}", sources, tokenizer, max(lengths), 1)
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 
 from linearize.convert.batches import TrainingBatches
 from linearize.convert.context import Context, StageError
-from linearize.convert.data import documents, problems_named
+from linearize.convert.data import problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
 from linearize.recipes.training import Training
@@ -152,10 +152,9 @@ def train(
         arguments._n_gpu = min(arguments.n_gpu, 1)
     if objective.is_local and arguments.world_size > 1:
         raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
-    sources, seed = context.recipe.data.train, context.recipe.seed
-    with problems_named("data.train", sources):
-        read = [documents(source, context.tokenizer) for source in sources]
-        data = TrainingBatches(read, section, seed, arguments.world_size)
+    with problems_named("data.train", context.recipe.data.train):
+        sources = [iter(documents) for documents in context.training_documents]
+        data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size)
     trainer = StageTrainer(
         objective,
         learning_rates or {},

@@ -71,6 +71,12 @@ def test_data(refused, tmp_path, name):
     assert "data.train" in line and reason in line and str(path) in line
 
 
+def test_every_source_is_looked_at(refused, tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n")
+    sources = [{"source": "builtin:train"}, {"source": str(tmp_path / "blank.txt")}]
+    assert "blank.txt has no documents" in refused(data={"train": sources, "heldout": {"source": "builtin:heldout"}})
+
+
 def test_data_without_the_field(refused, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a"}\n')

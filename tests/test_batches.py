@@ -15,7 +15,7 @@ from linearize.recipes.training import Training
 
 
 def batches(documents, seed=0, processes=1, **section):
-    return TrainingBatches([iter(documents)], Training(**{"lr": 1.0, **section}), seed, processes)
+    return TrainingBatches([map(torch.tensor, documents)], Training(**{"lr": 1.0, **section}), seed, processes)
 
 
 def corpus(*sizes):
@@ -84,7 +84,7 @@ def test_no_more_is_read_than_the_stage_needs():
 
 def test_sources_give_equal_shares_of_whole_documents():
     def source(name, *sizes):
-        return iter([[name] * size for size in sizes])
+        return iter([torch.full((size,), name) for size in sizes])
 
     def shares(*sources, tokens):
         return dict(Counter(torch.cat(read_evenly(sources, tokens)).tolist()))
@@ -101,7 +101,7 @@ def test_sequences_come_from_everywhere_in_an_order_of_the_seed():
     section = Training(lr=1.0, steps=20, batch_size=2, length=16)
 
     def first_tokens(seed):
-        data = TrainingBatches([iter([book]) for book in books], section, seed)
+        data = TrainingBatches([map(torch.tensor, [book]) for book in books], section, seed)
         return [row[0].item() for item in data for row in item["input_ids"]]
 
     read = first_tokens(0)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from linearize.convert.context import StageError
-from linearize.convert.data import PackedDataset, check_tokenizer, documents, pack, token_stream
+from linearize.convert.data import Documents, PackedDataset, check_tokenizer, documents, pack, token_stream
 from linearize.recipes.schema import DataSource
 
 WORDS = ["<unk>", "<eos>", "<bos>", "user", "assistant", "system", "a", "b", "c"]
@@ -155,17 +155,36 @@ def test_packed_dataset_takes_sources_in_turns(write, tokenizer):
     assert dataset[0]["input_ids"].tolist() == [A, EOS, B, EOS, A, EOS, A, EOS]
 
 
-def test_packed_dataset_reads_no_more_than_it_needs(write, tokenizer):
-    source = DataSource(source=write("x.txt", "\f".join(["a b c"] * 100)))
-    calls = []
+@pytest.fixture
+def counting(tokenizer):
+    """A tokenizer that notes what it is given in `.calls`."""
 
     def counting(text, **kwargs):
-        calls.append(text)
+        counting.calls.append(text)
         return tokenizer(text, **kwargs)
 
-    counting.eos_token_id = EOS
-    assert len(PackedDataset([source], counting, length=4, size=3)) == 3
-    assert len(calls) == 3
+    counting.calls, counting.eos_token_id = [], EOS
+    return counting
+
+
+def test_packed_dataset_reads_no_more_than_it_needs(write, counting):
+    sources = [DataSource(source=write(f"{i}.txt", "\f".join(["a b c"] * 100))) for i in range(4)]
+    assert len(PackedDataset(sources, counting, length=4, size=3)) == 3
+    assert len(counting.calls) == 3
+
+
+def test_documents_are_tokenized_once_and_when_asked_for(write, counting):
+    kept = Documents(DataSource(source=write("x.txt", "a b\fb\fc")), counting)
+    assert not counting.calls
+    assert next(iter(kept)).tolist() == [A, B, EOS] and len(counting.calls) == 1
+    for _ in range(2):
+        assert [ids.tolist() for ids in kept] == [[A, B, EOS], [B, EOS], [C, EOS]]
+    assert len(counting.calls) == 3
+
+
+def test_a_glance_reads_the_beginning_of_a_text(write, counting):
+    source = DataSource(source=write("x.txt", " \n a b c a b c\fb"))
+    assert list(documents(source, counting, characters=3)) == [[A, B, EOS], [B, EOS]]
 
 
 def test_packed_dataset_raises_what_its_data_raise(write, tokenizer):
