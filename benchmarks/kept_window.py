@@ -4,7 +4,8 @@
 
 RUN is the directory of a conversion that keeps heads. Its weights stay; `attention.kept_window` alone changes (N = 0:
 all tokens). Trained at lengths up to N, a run with window N has the same weights. Measures what the recipe does, and
-copying of texts of `COPIED` tokens. Bytes are of the cache in bfloat16 at 8192 tokens. Writes `kept_window.json` and `.md`.
+copying of texts of `COPIED` tokens. Bytes are of the cache in bfloat16 at 8192 tokens. Writes `kept_window.json` and
+`.md`.
 """
 
 import argparse
