@@ -20,8 +20,10 @@ from linearize.recipes.evaluation import EvaluateSection
 
 # Longer sequences go through the model in pieces of this many tokens, with its cache between them.
 PIECE = 2048
-# Sequences go through the model together up to so many tokens; a CPU gains nothing from more of them.
+# Pieces of several sequences go through the model together up to so many tokens; a CPU gains nothing from more.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+# The caches between them hold so many tokens: 8 GiB of a softmax model of 8B parameters.
+CACHED_TOKENS = 65536
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 PASSKEY_TRIALS = 4
 FAR_TEXT = 256
@@ -54,7 +56,7 @@ def score(model: nn.Module, sequences: Tensor) -> tuple[Tensor, Tensor]:
     """
     device = next(model.parameters()).device
     length = sequences.shape[1]
-    together = max(1, BATCH_TOKENS[device.type] // length)
+    together = max(1, min(BATCH_TOKENS[device.type] // min(length, PIECE), CACHED_TOKENS // length))
     losses, hits = [], []
     for batch in sequences.split(together):
         batch = batch.to(device)

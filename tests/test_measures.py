@@ -72,7 +72,9 @@ def test_pieces_bound_what_is_read_at_once(model, monkeypatch):
     monkeypatch.setitem(measures.BATCH_TOKENS, "cpu", 64)
     score(model, random_ids(5, 97))
     score(model, random_ids(5, 20))
-    assert shapes == [(1, 32)] * 15 + [(3, 20), (2, 20)]
+    monkeypatch.setattr(measures, "CACHED_TOKENS", 100)
+    score(model, random_ids(5, 97))
+    assert shapes == [(2, 32)] * 6 + [(1, 32)] * 3 + [(3, 20), (2, 20)] + [(1, 32)] * 15
 
 
 def test_adapters_do_not_stand_in_the_way_of_the_cache(model, monkeypatch):
