@@ -1,5 +1,6 @@
 """Recipes: what is shipped loads, and every mistake is told in one plain line with its place."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,19 @@ def test_shipped_recipes_load_and_round_trip(name, package, tmp_path):
 
 def test_recipes_are_shipped():
     smollm2 = [f"smollm2-135m{kind}" for kind in ("-hybrid", "-long", "")]
-    assert list(shipped_recipes()) == ["demo", "lora", *smollm2]
+    larger = ["llama-1b", "llama-8b", "lora", "mistral-7b", "qwen-4b"]
+    assert list(shipped_recipes()) == ["demo", *larger, *smollm2]
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_budgets_are_what_the_recipe_says(name, package):
+    recipe, text = load_recipe(name, ["model.source=package:tiny_model/tiny.gguf"]), shipped_recipes()[name].read_text()
+    stages = recipe.transfer, recipe.finetune
+    tokens = [stage.steps * stage.batch_size * stage.length / 1e6 for stage in stages]
+    told = [float(number) for number in re.findall(r"= ([\d.]+)M tokens$", text, re.MULTILINE)]
+    assert told == pytest.approx(tokens[: len(told)], abs=0.06)
+    for total in re.findall(r"([\d.]+)M tokens[;,]|([\d.]+)M tokens of training", text.partition("name:")[0]):
+        assert float("".join(total)) == pytest.approx(sum(tokens), abs=0.6)
 
 
 def test_published_budget_of_the_general_recipe():
@@ -421,5 +434,5 @@ def test_files_that_are_no_recipe(recipe, text, expected):
 
 def test_recipes_that_are_not_there(tmp_path):
     (line,) = problems("dmeo")
-    assert line.startswith("dmeo: no such file, and no shipped recipe of that name (demo, lora, ")
+    assert line.startswith("dmeo: no such file, and no shipped recipe of that name (demo, llama-1b, ")
     assert problems(str(tmp_path))[0].startswith(f"{tmp_path}: cannot be read as a text file: ")
