@@ -24,6 +24,11 @@ KEEP = ["keep={kv_budget: 0.1}"]
 WINDOW = ["attention.preset=swa", "transfer=null"]
 # The same tokens per step in longer sequences.
 LONG = [f"{stage}.{field}" for stage in ("transfer", "finetune") for field in ("length=2048", "batch_size=4")]
+# Sequences that ask for what was said up to 4096 tokens ago.
+FAR = ["finetune.curriculum=[{length: 1024, share: 0.6}, {length: 4096, share: 0.4}]", "finetune.recall=0.2"]
+# The heads of SmolLM2-135M that recall, as calibration finds them: what can a state do in these alone?
+RECALLING = {7: [2], 14: [1], 18: [2], 19: [1], 20: [1, 2], 23: [0, 2], 24: [0]}
+OTHERS = {layer: [head for head in range(3) if head not in RECALLING.get(layer, [])] for layer in range(30)}
 VARIANTS = {
     "augmented": [],
     "10% of KV heads kept": KEEP,
@@ -35,6 +40,11 @@ VARIANTS = {
     "trained at length 2048": LONG,
     "512 features, some text repeated": [
         "attention.feature_expansion=8", "transfer.recall=0.3", "finetune.recall=0.3"
+    ],
+    "10% of KV heads kept, trained to recall at 4096": [*KEEP, *FAR],
+    "recalling heads alone linear, 512 features": [
+        f"keep={{heads: {OTHERS}}}", "attention.feature_expansion=8", "transfer.recall=1", "finetune.recall=1",
+        "transfer.objectives.weights_kl=1",
     ],
     "decay": ["attention.state=decay"],
     "own and previous block near": ["attention.window=terrace"],
