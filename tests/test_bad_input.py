@@ -252,7 +252,8 @@ def test_no_model_there(linearize, tmp_path, verb):
 
 def test_unknown_recipe(linearize):
     result = linearize("check", "demoo")
-    assert result.code == 2 and "demoo: no such file, and no shipped recipe of that name (demo, llama-1b, " in result.stderr
+    message = "demoo: no such file, and no shipped recipe of that name (demo, llama-1b, "
+    assert result.code == 2 and message in result.stderr
 
 
 def test_a_converted_model_is_not_converted_again(refused, tiny_model, tmp_path):
