@@ -10,19 +10,16 @@ copying of texts of `COPIED` tokens. Bytes are of the cache in bfloat16 at 8192 
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
-from peft import PeftModel
 from recall import CONTEXT, cache_bytes, table
 from rich.console import Console
 
-from linearize.convert import probes
 from linearize.convert.context import Context
 from linearize.convert.data import token_stream
 from linearize.convert.evaluate import measure_all
-from linearize.convert.measures import Measure, copying, make_measures
-from linearize.convert.models import model_after
+from linearize.convert.measures import Measure, make_measures
+from linearize.convert.models import merged_model
 from linearize.convert.pipeline import RESOLVED
 from linearize.recipes.loader import load_recipe
 
@@ -32,12 +29,13 @@ COPIED = (512, 1024, 2048)
 def measures_of(context: Context) -> list[Measure]:
     recipe, section = context.recipe, context.recipe.evaluate
     stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, section.tokens)
-    others = section.model_copy(update={"copying": None})
-    found = make_measures(others, stream, context.tokenizer, recipe.attention.config)
+    found = {}
     for length in COPIED:
-        asking = probes.copies(stream, section.copying.texts, length)
-        found.append(Measure("copying", str(length), 2 * length * len(asking), partial(copying, asking=asking)))
-    return [measure for measure in found if measure.name != "far_mass"]
+        copying = section.copying.model_copy(update={"length": length})
+        asked = section.model_copy(update={"copying": copying})
+        measures = make_measures(asked, stream, context.tokenizer, recipe.attention.config)
+        found |= {(measure.name, measure.size): measure for measure in measures}
+    return [measure for measure in found.values() if measure.name != "far_mass"]
 
 
 def row(window: str, size: int, figures: dict) -> dict:
@@ -60,9 +58,7 @@ def main() -> None:
         override = f"attention.kept_window={window or 'null'}"
         recipe = load_recipe(str(arguments.run / RESOLVED), [override])
         context = Context(recipe, arguments.run, console)
-        model = model_after(context, "finetune").to(context.device).eval()
-        # PEFT calls the model's forward past the hook that makes its cache.
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = merged_model(context).to(context.device).eval()
         name, measures = str(window or "all"), measures_of(context)
         found = measure_all([(("models", name), model)], {("models", name): measures}, console)
         results[name] = found["models"][name]

@@ -21,7 +21,7 @@ from linearize.convert import probes
 from linearize.convert.calibrate import calibrate
 from linearize.convert.keep import heads_by_layer
 from linearize.convert.measures import copying, text
-from linearize.convert.plan import state_bytes
+from linearize.convert.plan import kept_bytes, state_bytes
 from linearize.layers.config import PRESETS
 from linearize.layers.seam import install
 
@@ -35,7 +35,7 @@ def cache_bytes(model) -> int:
     total = 0
     for layer in model.linear_attentions().values():
         tokens = min(CONTEXT, layer.config.kept_tokens or CONTEXT)
-        total += state_bytes(layer, True, BYTES) + len(layer.kept) * 2 * layer.head_dim * BYTES * tokens
+        total += state_bytes(layer, True, BYTES) + kept_bytes(layer, BYTES) * tokens
     return total
 
 

@@ -20,12 +20,12 @@ ROLES = {"human": "user", "gpt": "assistant"}
 def documents(source: DataSource, tokenizer, characters: int | None = None) -> Iterator[list[int]]:
     """Token ids of each document of a source, in its order; blank ones are left out.
 
-    Args:
-        characters: of a text's beginning, the rest is left out; None: all of it.
-
     A text file is one document, or several with form feeds between them. Rows of .jsonl and .parquet files and of
     datasets on the Hub (streamed) are one document each. Every document ends with the tokenizer's eos token, where
     it has one, and starts with bos where the tokenizer itself puts it.
+
+    Args:
+        characters: of a text's beginning, the rest is left out; None: all of it.
 
     Raises:
         ValueError: the field is not in the data or holds neither text nor chat messages, the tokenizer has no

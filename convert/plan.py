@@ -82,6 +82,11 @@ def state_bytes(layer: LinearAttention, rotary: bool, item: int) -> int:
     return layer.kv_heads * (recent + layer.features * (layer.head_dim + 1) * 4)
 
 
+def kept_bytes(layer: LinearAttention, item: int) -> int:
+    """Bytes by which the cache of one layer's kept heads grows with every token."""
+    return len(layer.kept) * 2 * layer.head_dim * item
+
+
 def make_plan(context: Context) -> Plan:
     """Check everything that can be checked without weights, and count.
 
@@ -156,7 +161,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         parameters=parameters,
         stages=stages,
         kept_heads=sum(map(len, kept.values())),
-        kept_bytes=sum(len(chosen) * 2 * shapes[layer][2] * item for layer, chosen in kept.items()),
+        kept_bytes=sum(kept_bytes(layer, item) for layer in layers.values()),
         kept_tokens=recipe.attention.config.kept_tokens,
         state_bytes=held,
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},

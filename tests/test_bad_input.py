@@ -8,6 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from linearize.recipes.loader import shipped_recipes
+
 
 @pytest.fixture
 def refused(linearize, recipe, tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_no_model_there(linearize, tmp_path, verb):
 
 def test_unknown_recipe(linearize):
     result = linearize("check", "demoo")
-    message = "demoo: no such file, and no shipped recipe of that name (demo, llama-1b, "
+    message = f"demoo: no such file, and no shipped recipe of that name ({', '.join(shipped_recipes())})"
     assert result.code == 2 and message in result.stderr
 
 
