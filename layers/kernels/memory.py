@@ -151,8 +151,8 @@ def scan(
 
 
 def _fits_kernel(x: Tensor) -> bool:
-    """Whether Triton can take x [.., C, C or F]: chunks of 16 to 64 keys, up to 512 features, powers of 2."""
-    limits = zip(x.shape[-2:], (64, 512), strict=True)
+    """Whether Triton can take x [.., C, C or F]: chunks of 16 to 64 keys, up to 256 features, powers of 2."""
+    limits = zip(x.shape[-2:], (64, 256), strict=True)
     fits = all(16 <= size <= limit and size & (size - 1) == 0 for size, limit in limits)
     return fits and delta_scan is not None and x.is_cuda and x.dtype == torch.float32
 
