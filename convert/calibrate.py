@@ -1,9 +1,10 @@
-"""Which key heads are worth keeping softmax: measured on text that is said twice, without gradients.
+"""Which key heads are worth keeping softmax: measured without gradients on text that is said twice, and on pass keys.
 
-The first half of such a text shows what a head does for likelihood, the second what it does for recall. With the
-candidates softmax and all other heads windowed, each candidate is windowed alone: those stay without which the loss
-grows most, first a shortlist and then, measured again without the others, the heads to keep. The order matters. Heads
-work in chains, so what one adds to a model without the others says little.
+The first half of a text that is said twice shows what a head does for likelihood, the second what it does for recall
+along a text; a pass key shows what it does for recall by a few words. With the candidates softmax and all other heads
+windowed, each candidate is windowed alone: those stay without which the loss grows most, first a shortlist and then,
+measured again without the others, the heads to keep. The order matters. Heads work in chains, so what one adds to a
+model without the others says little.
 
 Candidates are all heads. Where these are too many, they are those with the most attention on what is to be copied, as
 retrieval heads are found (arXiv 2404.15574): the mass that a query of the second half puts on the token that followed
@@ -18,9 +19,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.convert import measures
+from linearize.convert import measures, probes
 from linearize.convert.context import StageError
 from linearize.convert.keep import heads_by_layer
+from linearize.convert.probes import Probe
 from linearize.convert.progress import TokenProgress
 from linearize.layers.config import LinearAttentionConfig, window_alone
 from linearize.layers.seam import attention_modules, head_shapes, install
@@ -35,14 +37,26 @@ SHORTLIST = 3
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean nats per token of the first and of the second half of texts that are said twice."""
+    """Mean nats per token of the first and of the second half of texts that are said twice, and of pass keys."""
 
     likelihood: float
     recall: float
+    passkey: float
 
     @property
     def total(self) -> float:
-        return self.likelihood + self.recall
+        return self.likelihood + self.recall + self.passkey
+
+
+def needles(tokenizer, texts: Tensor) -> list[Probe]:
+    """As many pass keys as texts [N, L], at depths spread evenly in 2 L tokens of these.
+
+    Raises:
+        ValueError: 2 L tokens do not hold one.
+    """
+    count, length = texts.shape
+    stream = texts.flatten().repeat(2)
+    return [probes.passkey(tokenizer, stream, 2 * length, (i + 0.5) / count, seed=i) for i in range(count)]
 
 
 def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
@@ -83,12 +97,13 @@ def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
     return {(layer, head): score for layer, row in best.items() for head, score in enumerate(row)}
 
 
-def copy_loss(model: nn.Module, texts: Tensor) -> Loss:
-    """`Loss` of a model on `texts` [N, 2 L], each one said twice."""
+def recall_loss(model: nn.Module, texts: Tensor, asking: list[Probe]) -> Loss:
+    """`Loss` of a model on `texts` [N, 2 L], each one said twice, and on pass keys (`needles`)."""
     length = texts.shape[1] // 2
     nats, _ = measures.score(model, texts)
+    told = torch.cat([nats for nats, _ in measures.answers(model, asking)])
     # Nothing announces the second half's first token.
-    return Loss(nats[:, : length - 1].mean().item(), nats[:, length:].mean().item())
+    return Loss(nats[:, : length - 1].mean().item(), nats[:, length:].mean().item(), told.mean().item())
 
 
 @dataclass(frozen=True)
@@ -98,8 +113,7 @@ class Calibration:
     Attributes:
         kept: the chosen heads, best first.
         retrieval: every head's score (`retrieval_scores`).
-        cost: nats per token, likelihood and recall together, that windowing the head alone costs, as last measured;
-            of the candidates.
+        cost: nats per token, `Loss.total`, that windowing the head alone costs, as last measured; of the candidates.
         before, after: losses with every head windowed, and with all but the chosen ones.
     """
 
@@ -121,8 +135,9 @@ class Calibration:
     def table(self) -> Table:
         """The chosen heads, for people."""
         before, after = self.before, self.after
-        title = f"kept heads: recall {before.recall:.3f} -> {after.recall:.3f} nats per token, likelihood "
-        title += f"{before.likelihood:.3f} -> {after.likelihood:.3f}"
+        title = f"kept heads: recall {before.recall:.3f} -> {after.recall:.3f} nats per token, pass keys "
+        title += f"{before.passkey:.3f} -> {after.passkey:.3f}, likelihood {before.likelihood:.3f} -> "
+        title += f"{after.likelihood:.3f}"
         table = Table(title=title, title_justify="left")
         for name in ("layer", "key head", "retrieval", "windowed costs"):
             table.add_column(name, justify="right")
@@ -133,13 +148,19 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel, config: LinearAttentionConfig, texts: Tensor, count: int, console: Console
+    model: PreTrainedModel,
+    config: LinearAttentionConfig,
+    texts: Tensor,
+    asking: list[Probe],
+    count: int,
+    console: Console,
 ) -> Calibration:
     """The `count` heads worth keeping where the others see the window and sinks of `config`.
 
     Args:
         model: is left linearized.
         texts: [N, 2 L], each one said twice.
+        asking: pass keys (`needles`).
 
     Raises:
         StageError: as `retrieval_scores`.
@@ -152,10 +173,10 @@ def calibrate(
     sizes = [size for size in (SHORTLIST * count, count) if size < len(heads)]
 
     def loss_with(heads: list[Head]) -> Loss:
-        return copy_loss(install(model, config, heads_by_layer(heads)), texts)
+        return recall_loss(install(model, config, heads_by_layer(heads)), texts, asking)
 
     cost, measured = {}, 0
-    with TokenProgress(console, len(heads) + sum(sizes[:-1]), texts.numel()) as bar:
+    with TokenProgress(console, len(heads) + sum(sizes[:-1]), 2 * texts.numel()) as bar:
         for size in sizes:
             all_kept = loss_with(heads)
             for head in heads:

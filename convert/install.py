@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from linearize.convert.calibrate import Calibration, calibrate
+from linearize.convert.calibrate import Calibration, calibrate, needles
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import packed
 from linearize.convert.keep import head_budget
@@ -34,6 +34,8 @@ def run(context: Context) -> Artifact:
 def _calibrate(context: Context, model: PreTrainedModel) -> Calibration:
     keep = context.recipe.keep
     data = packed("data.train", context.recipe.data.train, context.tokenizer, keep.length, keep.texts)
-    texts = torch.stack([sequence["input_ids"] for sequence in data.sequences]).to(context.device)
+    texts = torch.stack([sequence["input_ids"] for sequence in data.sequences])
+    asking = needles(context.tokenizer, texts)
+    texts = texts.repeat(1, 2).to(context.device)
     count = head_budget(keep, {layer: kv_heads for layer, (_, kv_heads, _) in head_shapes(model).items()})
-    return calibrate(model, context.recipe.attention.config, texts.repeat(1, 2), count, context.console)
+    return calibrate(model, context.recipe.attention.config, texts, asking, count, context.console)

@@ -1,6 +1,7 @@
 """The training loop, once: transformers' Trainer with a stage's objective, trainable parameters and data."""
 
 import json
+import math
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -37,11 +38,15 @@ class StageTrainer(Trainer):
 
     Args:
         learning_rates: of the parameters that have another one than the rest.
+        stage: whose name errors begin with.
+
+    Raises:
+        StageError: in `train`, as soon as the loss is no number.
     """
 
-    def __init__(self, objective: Objective, learning_rates: dict[nn.Parameter, float], **kwargs):
+    def __init__(self, stage: str, objective: Objective, learning_rates: dict[nn.Parameter, float], **kwargs):
         super().__init__(**kwargs)
-        self.objective, self.learning_rates = objective, learning_rates
+        self.stage, self.objective, self.learning_rates = stage, objective, learning_rates
         # The objectives average over their own micro batch, so the accumulated mean is taken here.
         self.model_accepts_loss_kwargs = False
 
@@ -69,6 +74,14 @@ class StageTrainer(Trainer):
             # Not the wrapper of a distributed launch, which knows nothing of gradients made inside the forward.
             loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
         return loss.detach() / self.current_gradient_accumulation_steps
+
+    def log(self, logs, *arguments):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise StageError(
+                f"{self.stage}: the loss of step {self.state.global_step} is {logs['loss']}; use a smaller lr "
+                f"({self.args.learning_rate:g} now) or more warmup_steps"
+            )
+        super().log(logs, *arguments)
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -116,7 +129,7 @@ def train(
         The loss of every step, those before an interruption included.
 
     Raises:
-        StageError: nothing is trainable.
+        StageError: nothing is trainable, or the loss is no number.
     """
     if not trainable(model):
         raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
@@ -156,6 +169,7 @@ def train(
         sources = [iter(documents) for documents in context.training_documents]
         data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size)
     trainer = StageTrainer(
+        stage,
         objective,
         learning_rates or {},
         model=model,

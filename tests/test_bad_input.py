@@ -332,6 +332,14 @@ def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
     assert result.code == 2 and "no fitting weights for model.layers.1.mlp.up_proj.weight" in result.stderr
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("transfer", "transfer.steps=4"), ("finetune", "transfer=null")])
+def test_training_that_diverges_stops_the_run(linearize, recipe, tmp_path, stage, steps):
+    result = linearize("convert", recipe(), steps, f"{stage}.lr=1e30", f"{stage}.warmup_steps=0")
+    assert result.code == 2
+    assert f"{stage}: the loss of step " in result.stderr and "use a smaller lr (1e+30 now)" in result.stderr
+    assert json.loads((tmp_path / "run" / stage / "state.json").read_text())["status"] == "running"
+
+
 @pytest.mark.parametrize(
     ("keep", "reason"),
     [
@@ -351,6 +359,11 @@ def test_missing_weights_stop_the_run(linearize, recipe, tiny_model, tmp_path):
 )
 def test_heads_that_cannot_be_kept(refused, keep, reason):
     assert reason in refused(keep=keep)
+
+
+def test_texts_that_hold_no_pass_key(refused):
+    line = refused("attention.window_size=4", keep={"kv_budget": 0.5, "length": 6})
+    assert "keep.length: twice, 12 tokens do not hold the" in line
 
 
 def test_a_window_of_kept_heads_that_cannot_be(refused):

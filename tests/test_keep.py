@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.convert import calibrate as calibration
-from linearize.convert.calibrate import calibrate, copy_loss, retrieval_scores
+from linearize.convert.calibrate import calibrate, needles, recall_loss, retrieval_scores
 from linearize.convert.keep import head_budget, heads_by_layer
+from linearize.convert.probes import Probe
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
 from linearize.recipes.attention import KeepSection
@@ -21,6 +22,22 @@ CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
 
 def said_twice(texts, length):
     return torch.randint(3, VOCAB, (texts, length), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+
+
+def pass_keys(count, length):
+    """Whose last two tokens are asked for."""
+    drawn = torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
+    return [Probe(ids, torch.arange(length - 2, length), torch.tensor([9, 9])) for ids in drawn]
+
+
+def test_needles_are_told_at_all_depths(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for count in (1, 4):
+        asking = needles(tokenizer, torch.full((count, 100), 7))
+        assert [len(probe.ids) for probe in asking] == [200] * count
+        told = [(probe.asked - probe.distance)[0].item() / 200 for probe in asking]
+        # The needle and its question take some of the 200 tokens.
+        assert told == pytest.approx([(i + 0.5) / count for i in range(count)], abs=0.25) and told == sorted(told)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -41,11 +58,12 @@ def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
 def test_calibration_keeps_the_head_that_is_missed_most(monkeypatch, affordable):
     monkeypatch.setattr(calibration, "AFFORDABLE", affordable)
     texts = said_twice(2, 20)
-    measured = calibrate(tiny_model("llama"), CONFIG, texts, 1, Console(quiet=True))
+    asking = pass_keys(2, 40)
+    measured = calibrate(tiny_model("llama"), CONFIG, texts, asking, 1, Console(quiet=True))
     model = tiny_model("llama")
 
     def loss(*heads):
-        return copy_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts)
+        return recall_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts, asking)
 
     def costs(heads):
         return {head: loss(*(heads - {head})).total - loss(*heads).total for head in heads}
@@ -68,7 +86,11 @@ def test_loss_of_the_two_halves():
     model, texts = tiny_model("llama"), said_twice(1, 20)
     nats = -model(texts).logits[0].log_softmax(-1)
     by_token = [nats[t - 1, texts[0, t]].item() for t in range(1, 40)]
-    loss = copy_loss(model, texts)
+    asking = pass_keys(3, 30)
+    loss = recall_loss(model, texts, asking)
+    told = torch.stack([-model(probe.ids[None]).logits[0].log_softmax(-1)[:-1] for probe in asking])
+    told = told.gather(2, torch.stack([probe.ids[1:, None] for probe in asking]))[:, -2:]
+    assert loss.passkey == pytest.approx(told.mean().item(), rel=1e-5)
     assert loss.likelihood == pytest.approx(sum(by_token[:19]) / 19, rel=1e-5)
     assert loss.recall == pytest.approx(sum(by_token[20:]) / 19, rel=1e-5)
 
