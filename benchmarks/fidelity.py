@@ -3,7 +3,8 @@
     python benchmarks/fidelity.py RECIPE --out DIRECTORY [--variants NAME ...] [--processes N] [KEY=VALUE ...]
 
 Every variant is the recipe with the overrides below and those of the command line; they share the unpacked model.
-With the first variant the softmax model is measured, and the same finetuned alike: the teacher that all ratios are to.
+With the first variant the softmax model is measured, and the same finetuned alike: the teacher that ratios are to, up
+to the next variant that comes with a teacher of its own, since it is finetuned on other sequences.
 A variant that is finished is not run again. Writes `table.md` and, per variant, the run itself with its log.
 """
 
@@ -20,31 +21,32 @@ import torch
 from linearize.convert.evaluate import RESULTS, TEACHER, TUNED_TEACHER
 
 SEED = ["seed=1"]
-KEEP = ["keep={kv_budget: 0.1}"]
+# Finetuned on other sequences, so the teacher must be, too.
+TEACHER_TOO = ["evaluate.tuned_teacher=true"]
+# Recipe smollm2-135m-hybrid.
+KEEP = [
+    "keep={kv_budget: 0.1}", "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]",
+    "finetune.recall=0.3",
+]
+# Recipe smollm2-135m-long.
+LONG = [
+    "transfer.steps=240", "finetune.steps=1200",
+    "finetune.curriculum=[{length: 1024, share: 0.75}, {length: 4096, share: 0.25}]",
+]
 WINDOW = ["attention.preset=swa", "transfer=null"]
-# The same tokens per step in longer sequences.
-LONG = [f"{stage}.{field}" for stage in ("transfer", "finetune") for field in ("length=2048", "batch_size=4")]
-# Sequences that ask for what was said up to 4096 tokens ago.
-FAR = ["finetune.curriculum=[{length: 1024, share: 0.6}, {length: 4096, share: 0.4}]", "finetune.recall=0.2"]
-# The heads of SmolLM2-135M that recall, as calibration finds them: what can a state do in these alone?
-RECALLING = {7: [2], 14: [1], 18: [2], 19: [1], 20: [1, 2], 23: [0, 2], 24: [0]}
-OTHERS = {layer: [head for head in range(3) if head not in RECALLING.get(layer, [])] for layer in range(30)}
 VARIANTS = {
-    "augmented": [],
-    "10% of KV heads kept": KEEP,
-    "augmented, another seed": SEED,
-    "10% of KV heads kept, another seed": [*KEEP, *SEED],
     "window + sinks, retrained": WINDOW,
-    "10% kept, the rest window + sinks, retrained": [*KEEP, *WINDOW],
     "lolcats": ["attention.preset=lolcats", "keep=null"],
-    "trained at length 2048": LONG,
-    "512 features, some text repeated": [
-        "attention.feature_expansion=8", "transfer.recall=0.3", "finetune.recall=0.3"
-    ],
-    "10% of KV heads kept, trained to recall at 4096": [*KEEP, *FAR],
-    "recalling heads alone linear, 512 features": [
-        f"keep={{heads: {OTHERS}}}", "attention.feature_expansion=8", "transfer.recall=1", "finetune.recall=1",
-        "transfer.objectives.weights_kl=1",
+    "augmented": [],
+    "augmented, another seed": SEED,
+    "augmented, long": [*LONG, *TEACHER_TOO],
+    "10% of KV heads kept": [*KEEP, *TEACHER_TOO],
+    "10% of KV heads kept, another seed": [*KEEP, *SEED],
+    "10% of KV heads kept, no recall trained": [KEEP[0]],
+    "10% kept, the rest window + sinks, retrained": [*KEEP, *WINDOW],
+    "256 features, half of the sequences ask for recall": [
+        "attention.feature_expansion=4", "transfer.recall=0.5", "finetune.recall=0.5",
+        "finetune.micro_batch_size=4",
     ],
     "decay": ["attention.state=decay"],
     "own and previous block near": ["attention.window=terrace"],
@@ -63,26 +65,30 @@ def convert(recipe: str, directory: Path, overrides: list[str], *options: str, i
 
 
 def rows(directory: Path, names: list[str]) -> list[tuple[str, dict]]:
-    """(name, measure -> size -> figures) of the teachers, the untrained baseline and every finished variant."""
+    """(name, measure -> size -> figures) of every finished variant, below the softmax models and the untrained
+    baseline where these were measured with it."""
     found = []
     for name in names:
         path = directory / name / "run" / "evaluate" / RESULTS
         if not path.is_file():
             continue
         models = json.loads(path.read_text("utf-8"))["models"]
-        if not found:
-            known = ("after finetune", "after transfer", "installed")
-            found = [(model, figures) for model, figures in models.items() if model not in known]
+        beside = TEACHER, TUNED_TEACHER, "untrained"
+        found += [
+            (model, figures)
+            for model, figures in models.items()
+            if model.endswith(beside) and (model == TUNED_TEACHER or model not in dict(found))
+        ]
         found.append((name, next(models[stage] for stage in ("after finetune", "installed") if stage in models)))
     return found
 
 
 def table(found: list[tuple[str, dict]]) -> str:
-    """Markdown; perplexities with their ratio to the teacher that was finetuned alike, where that was measured."""
-    teachers = dict(found)
-    teacher = teachers.get(TUNED_TEACHER) or teachers[TEACHER]
+    """Markdown; perplexities with their ratio to that of the last finetuned teacher above (the first one where there
+    is none above)."""
     measures = ("text", "copying", "passkey", "recall")
     columns = list(dict.fromkeys((name, size) for name in measures for _, f in found for size in f.get(name, {})))
+    teacher = next((f for name, f in found if name == TUNED_TEACHER), dict(found).get(TEACHER))
 
     def cell(figures, measure, size):
         value = figures.get(measure, {}).get(size)
@@ -90,11 +96,14 @@ def table(found: list[tuple[str, dict]]) -> str:
             return ""
         if measure != "text":
             return f"{value['accuracy']:.1%}"
-        return f"{value['perplexity']:.2f} ({value['perplexity'] / teacher['text'][size]['perplexity']:.3f})"
+        ratio = f" ({value['perplexity'] / teacher['text'][size]['perplexity']:.3f})" if teacher else ""
+        return f"{value['perplexity']:.2f}{ratio}"
 
     lines = ["| model | " + " | ".join(f"{measure} {size}" for measure, size in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name, figures in found:
+        if name == TUNED_TEACHER:
+            teacher = figures
         lines.append(f"| {name} | " + " | ".join(cell(figures, *column) for column in columns) + " |")
     return "\n".join(lines) + "\n"
 
@@ -118,7 +127,7 @@ def main() -> None:
         name = arguments.variants[index]
         first = str(index == 0).lower()
         beside = [f"evaluate.baselines={first}", f"evaluate.tuned_teacher={first}"]
-        return convert(arguments.recipe, arguments.out / name, [*overrides, *VARIANTS[name], *beside], index=index)
+        return convert(arguments.recipe, arguments.out / name, [*beside, *overrides, *VARIANTS[name]], index=index)
 
     with ThreadPoolExecutor(arguments.processes) as pool:
         codes = list(pool.map(one, range(len(arguments.variants))))

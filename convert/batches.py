@@ -1,5 +1,6 @@
 """What a training stage reads at each step: whole micro batches, each a function of the seed and its number alone."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -11,23 +12,32 @@ from torch.utils.data import Dataset
 from linearize.convert.data import with_labels
 from linearize.recipes.training import Training
 
+# Parts of a sequence that are repeated further on, and the tokens of the shortest.
+REPEATED_PARTS = 4
+SHORTEST_PART = 16
+
 
 def draws(seed: int, purpose: str, index: int) -> random.Random:
     """Random numbers that do not depend on what was drawn before, so that a resumed run draws the same."""
     return random.Random(f"{seed} {purpose} {index}")
 
 
-def repeat_a_part(input_ids: Tensor, choice: random.Random) -> Tensor:
-    """[length]: the text with one part of it, an eighth to half of the length, written again further on.
+def repeat_parts(input_ids: Tensor, choice: random.Random) -> Tensor:
+    """[length]: the text with parts of it, 16 tokens to half of the length, written again further on.
 
     Natural text rarely asks for what was said long ago. Here the second time can be told word for word by whoever
-    recalls the first, which is at least an eighth of the sequence away.
+    recalls the first, which is at least an eighth of the sequence away. Long parts ask for that; short ones, as many
+    octave by octave, for recognising it by few tokens.
     """
     length = len(input_ids)
-    size = choice.randint(max(1, length // 8), length // 2)
-    source, target = sorted(choice.randint(0, length - 2 * size) for _ in range(2))
     repeated = input_ids.clone()
-    repeated[target + size : target + 2 * size] = input_ids[source : source + size]
+    longest = max(1, length // 2)
+    for _ in range(REPEATED_PARTS):
+        size = round(math.exp(choice.uniform(math.log(min(SHORTEST_PART, longest)), math.log(longest))))
+        distance = max(size, length // 8)
+        source, target = sorted(choice.randint(0, length - size - distance) for _ in range(2))
+        target += distance
+        repeated[target : target + size] = repeated[source : source + size]
     return repeated
 
 
@@ -109,7 +119,7 @@ class TrainingBatches(Dataset):
         choice = draws(self.seed, "recall", place)
         if choice.random() < self.section.recall:
             # One document, or its beginning could not be recalled from its end.
-            input_ids, starts = repeat_a_part(input_ids, choice), torch.zeros_like(starts)
+            input_ids, starts = repeat_parts(input_ids, choice), torch.zeros_like(starts)
         sequence = with_labels(input_ids, starts)
         offset = draws(self.seed, "position_offset", place).randint(0, self.section.position_offset)
         sequence["position_ids"] = sequence["position_ids"] + offset

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearize.convert.batches import TrainingBatches, read_evenly, repeat_a_part
+from linearize.convert.batches import REPEATED_PARTS, TrainingBatches, read_evenly, repeat_parts
 from linearize.convert.data import pack
 from linearize.recipes.training import Training
 
@@ -142,18 +142,24 @@ def test_draws_depend_on_seed_and_place_alone():
 
 
 @given(length=st.integers(2, 200), seed=st.integers(0, 1000))
-def test_a_part_is_repeated_further_on(length, seed):
-    original = torch.arange(length)
-    repeated = repeat_a_part(original, random.Random(seed))
-    changed = (repeated != original).nonzero().flatten()
-    first, last = changed[0].item(), changed[-1].item()
-    size = last - first + 1
-    assert max(1, length // 8) <= size <= length // 2
-    source = repeated[first].item()
-    assert torch.equal(repeated[first : last + 1], original[source : source + size])
-    # What is repeated stands there whole, before its repetition.
-    assert source + size <= first
-    assert torch.equal(repeated[source : source + size], original[source : source + size])
+def test_parts_are_repeated_further_on(length, seed):
+    repeated = repeat_parts(torch.arange(length), random.Random(seed))
+    changed = (repeated != torch.arange(length)).nonzero().flatten()
+    assert len(changed)
+    distance = max(1, length // 8)
+    # What stands in another's place stood, or was itself repeated, far enough before.
+    assert (repeated[changed] <= changed - distance).all()
+    # Whole parts: each adds two breaks, its ends, to those that what it repeats has.
+    breaks = (repeated[1:] != repeated[:-1] + 1).sum()
+    assert breaks < 2 ** (REPEATED_PARTS + 1)
+
+
+def test_short_and_long_parts_are_repeated():
+    sizes = set()
+    for seed in range(200):
+        repeated = repeat_parts(torch.arange(1024), random.Random(seed))
+        sizes.add((repeated != torch.arange(1024)).sum().item().bit_length())
+    assert {8, 9, 10} <= sizes
 
 
 def test_recall_sequences_are_one_document_and_as_many_as_asked():
