@@ -18,7 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.convert import probes
-from linearize.convert.calibrate import calibrate, needles
+from linearize.convert.calibrate import calibrate
 from linearize.convert.keep import heads_by_layer
 from linearize.convert.measures import copying, text
 from linearize.convert.plan import kept_bytes, state_bytes
@@ -85,9 +85,8 @@ def main() -> None:
         torch.tensor(tokenizer(path.read_text("utf-8"), verbose=False)["input_ids"])
         for path in (arguments.train, arguments.heldout)
     )
-    texts = trained[: TEXTS * 512].view(TEXTS, 512)
-    asking = needles(tokenizer, texts)
-    found = calibrate(model, PRESETS["swa"], texts.repeat(1, 2).to(device), asking, max(arguments.heads), console)
+    texts = trained[: TEXTS * 512].view(TEXTS, 512).to(device)
+    found = calibrate(model, PRESETS["swa"], texts, max(arguments.heads), console)
     # All heads kept are the softmax model.
     choices = [(None, list(found.retrieval))]
     choices += [(window, found.kept[:count]) for window in (None, *arguments.windows) for count in arguments.heads]

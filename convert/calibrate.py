@@ -1,10 +1,10 @@
-"""Which key heads are worth keeping softmax: measured without gradients on text that is said twice, and on pass keys.
+"""Which key heads are worth keeping softmax: measured without gradients on texts that are said again.
 
-The first half of a text that is said twice shows what a head does for likelihood, the second what it does for recall
-along a text; a pass key shows what it does for recall by a few words. With the candidates softmax and all other heads
-windowed, each candidate is windowed alone: those stay without which the loss grows most, first a shortlist and then,
-measured again without the others, the heads to keep. The order matters. Heads work in chains, so what one adds to a
-model without the others says little.
+The first time shows what a head does for likelihood, the second what it does for recall: said again as it was, a text
+is recalled by following it; in pieces and another order, by the few words that each piece begins with. With the
+candidates softmax and all other heads windowed, each candidate is windowed alone: those stay without which the loss
+grows most, first a shortlist and then, measured again without the others, the heads to keep. The order matters. Heads
+work in chains, so what one adds to a model without the others says little.
 
 Candidates are all heads. Where these are too many, they are those with the most attention on what is to be copied, as
 retrieval heads are found (arXiv 2404.15574): the mass that a query of the second half puts on the token that followed
@@ -19,10 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.convert import measures, probes
+from linearize.convert import measures
 from linearize.convert.context import StageError
 from linearize.convert.keep import heads_by_layer
-from linearize.convert.probes import Probe
 from linearize.convert.progress import TokenProgress
 from linearize.layers.config import LinearAttentionConfig, window_alone
 from linearize.layers.seam import attention_modules, head_shapes, install
@@ -35,28 +34,22 @@ AFFORDABLE = 256
 SHORTLIST = 3
 
 
+# Tokens of the pieces in which a text is said again.
+PIECE = 16
+
+
 @dataclass(frozen=True)
 class Loss:
-    """Mean nats per token of the first and of the second half of texts that are said twice, and of pass keys."""
+    """Mean nats per token of texts, of the same texts said again, and said again in pieces (but for the first quarter
+    of each piece, by which it is recognised)."""
 
     likelihood: float
     recall: float
-    passkey: float
+    cued_recall: float
 
     @property
     def total(self) -> float:
-        return self.likelihood + self.recall + self.passkey
-
-
-def needles(tokenizer, texts: Tensor) -> list[Probe]:
-    """As many pass keys as texts [N, L], at depths spread evenly in 2 L tokens of these.
-
-    Raises:
-        ValueError: 2 L tokens do not hold one.
-    """
-    count, length = texts.shape
-    stream = texts.flatten().repeat(2)
-    return [probes.passkey(tokenizer, stream, 2 * length, (i + 0.5) / count, seed=i) for i in range(count)]
+        return self.likelihood + self.recall + self.cued_recall
 
 
 def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
@@ -97,13 +90,26 @@ def retrieval_scores(model: nn.Module, texts: Tensor) -> dict[Head, float]:
     return {(layer, head): score for layer, row in best.items() for head, score in enumerate(row)}
 
 
-def recall_loss(model: nn.Module, texts: Tensor, asking: list[Probe]) -> Loss:
-    """`Loss` of a model on `texts` [N, 2 L], each one said twice, and on pass keys (`needles`)."""
-    length = texts.shape[1] // 2
-    nats, _ = measures.score(model, texts)
-    told = torch.cat([nats for nats, _ in measures.answers(model, asking)])
-    # Nothing announces the second half's first token.
-    return Loss(nats[:, : length - 1].mean().item(), nats[:, length:].mean().item(), told.mean().item())
+def said_in_pieces(texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Texts [N, L] followed by their pieces in an order that is the same for all: ids [N, L + K] and the indices of
+    the tokens that are to be recalled."""
+    length = texts.shape[1]
+    size = min(PIECE, length // 2)
+    order = torch.randperm(length // size, generator=torch.Generator().manual_seed(0))
+    pieces = texts[:, : len(order) * size].unflatten(1, (-1, size))[:, order.to(texts.device)]
+    asked = torch.arange(length, length + len(order) * size).view(-1, size)[:, size // 4 :]
+    return torch.cat([texts, pieces.flatten(1)], dim=1), asked.flatten()
+
+
+def recall_loss(model: nn.Module, texts: Tensor) -> Loss:
+    """`Loss` of a model on `texts` [N, L]."""
+    length = texts.shape[1]
+    again, _ = measures.score(model, texts.repeat(1, 2))
+    ids, asked = said_in_pieces(texts)
+    in_pieces, _ = measures.score(model, ids)
+    # Nothing announces the first token of the second time.
+    found = again[:, : length - 1], again[:, length:], in_pieces[:, asked - 1]
+    return Loss(*(nats.mean().item() for nats in found))
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ class Calibration:
     def table(self) -> Table:
         """The chosen heads, for people."""
         before, after = self.before, self.after
-        title = f"kept heads: recall {before.recall:.3f} -> {after.recall:.3f} nats per token, pass keys "
-        title += f"{before.passkey:.3f} -> {after.passkey:.3f}, likelihood {before.likelihood:.3f} -> "
+        title = f"kept heads: recall {before.recall:.3f} -> {after.recall:.3f} nats per token, by a few words "
+        title += f"{before.cued_recall:.3f} -> {after.cued_recall:.3f}, likelihood {before.likelihood:.3f} -> "
         title += f"{after.likelihood:.3f}"
         table = Table(title=title, title_justify="left")
         for name in ("layer", "key head", "retrieval", "windowed costs"):
@@ -148,24 +154,18 @@ class Calibration:
 
 
 def calibrate(
-    model: PreTrainedModel,
-    config: LinearAttentionConfig,
-    texts: Tensor,
-    asking: list[Probe],
-    count: int,
-    console: Console,
+    model: PreTrainedModel, config: LinearAttentionConfig, texts: Tensor, count: int, console: Console
 ) -> Calibration:
     """The `count` heads worth keeping where the others see the window and sinks of `config`.
 
     Args:
         model: is left linearized.
-        texts: [N, 2 L], each one said twice.
-        asking: pass keys (`needles`).
+        texts: [N, L].
 
     Raises:
         StageError: as `retrieval_scores`.
     """
-    retrieval = retrieval_scores(model, texts)
+    retrieval = retrieval_scores(model, texts.repeat(1, 2))
     config = window_alone(config)
     heads = sorted(retrieval, key=retrieval.get, reverse=True)
     if len(heads) > AFFORDABLE:
@@ -173,10 +173,10 @@ def calibrate(
     sizes = [size for size in (SHORTLIST * count, count) if size < len(heads)]
 
     def loss_with(heads: list[Head]) -> Loss:
-        return recall_loss(install(model, config, heads_by_layer(heads)), texts, asking)
+        return recall_loss(install(model, config, heads_by_layer(heads)), texts)
 
     cost, measured = {}, 0
-    with TokenProgress(console, len(heads) + sum(sizes[:-1]), 2 * texts.numel()) as bar:
+    with TokenProgress(console, len(heads) + sum(sizes[:-1]), 4 * texts.numel()) as bar:
         for size in sizes:
             all_kept = loss_with(heads)
             for head in heads:

@@ -5,12 +5,14 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from linearize.convert.calibrate import Calibration, calibrate, needles
+from linearize.convert.batches import TrainingBatches
+from linearize.convert.calibrate import Calibration, calibrate
 from linearize.convert.context import Artifact, Context, write_atomically
-from linearize.convert.data import packed
+from linearize.convert.data import problems_named
 from linearize.convert.keep import head_budget
 from linearize.convert.models import KEPT, LINEAR, kept_heads, save_weights, softmax_model
 from linearize.layers.seam import head_shapes, install
+from linearize.recipes.training import Training
 
 
 def run(context: Context) -> Artifact:
@@ -33,9 +35,10 @@ def run(context: Context) -> Artifact:
 
 def _calibrate(context: Context, model: PreTrainedModel) -> Calibration:
     keep = context.recipe.keep
-    data = packed("data.train", context.recipe.data.train, context.tokenizer, keep.length, keep.texts)
-    texts = torch.stack([sequence["input_ids"] for sequence in data.sequences])
-    asking = needles(context.tokenizer, texts)
-    texts = texts.repeat(1, 2).to(context.device)
+    # As training reads them, so from all sources.
+    section = Training(steps=1, batch_size=keep.texts, length=keep.length, lr=1)
+    with problems_named("data.train", context.recipe.data.train):
+        batches = TrainingBatches([iter(documents) for documents in context.training_documents], section, seed=0)
+    texts = batches[0]["input_ids"].to(context.device)
     count = head_budget(keep, {layer: kv_heads for layer, (_, kv_heads, _) in head_shapes(model).items()})
-    return calibrate(model, context.recipe.attention.config, texts, asking, count, context.console)
+    return calibrate(model, context.recipe.attention.config, texts, count, context.console)

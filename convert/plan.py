@@ -12,7 +12,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
-from linearize.convert.calibrate import needles
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
@@ -244,7 +243,7 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: in
     if recipe.medusa is not None:
         wanted.append(("medusa.length", "heldout", recipe.medusa.length))
     if recipe.keep is not None and recipe.keep.kv_budget is not None:
-        _check_calibration(recipe, tokenizer, positions)
+        _check_calibration(recipe, positions)
         wanted.append(("keep.length", "train", recipe.keep.length))
     for field, _, length in wanted:
         if positions is not None and length > positions:
@@ -265,7 +264,7 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: in
             raise ValueError(f"evaluate.{error}") from error
 
 
-def _check_calibration(recipe: Recipe, tokenizer, positions: int | None) -> None:
+def _check_calibration(recipe: Recipe, positions: int | None) -> None:
     length, window = recipe.keep.length, window_alone(recipe.attention.config)
     if positions is not None and 2 * length > positions:
         raise ValueError(f"keep.length: {length} tokens twice are longer than the {positions} positions of the model")
@@ -274,10 +273,6 @@ def _check_calibration(recipe: Recipe, tokenizer, positions: int | None) -> None
             f"keep.length: a text of {length} tokens is repeated within the window, where every head sees it; "
             f"use more than {window.reach + 1}"
         )
-    try:
-        needles(tokenizer, torch.zeros(1, length, dtype=torch.long))
-    except ValueError as error:
-        raise ValueError(f"keep.length: twice, {error}") from error
 
 
 def save_plan(plan: Plan, directory: Path) -> None:

@@ -47,7 +47,7 @@ class KeepSection(Section):
         layers: all heads of the layers of these indices.
         heads: layer index -> key heads.
         texts: texts of the training data to measure on.
-        length: tokens of each of them; they are read twice in a row.
+        length: tokens of each of them; they are said again after that, as they are and in pieces.
     """
 
     kv_budget: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -361,11 +361,6 @@ def test_heads_that_cannot_be_kept(refused, keep, reason):
     assert reason in refused(keep=keep)
 
 
-def test_texts_that_hold_no_pass_key(refused):
-    line = refused("attention.window_size=4", keep={"kv_budget": 0.5, "length": 6})
-    assert "keep.length: twice, 12 tokens do not hold the" in line
-
-
 def test_a_window_of_kept_heads_that_cannot_be(refused):
     assert "attention.kept_window is for heads that are kept" in refused("attention.kept_window=64")
     line = refused("attention.kept_window=1", keep={"layers": [0]})

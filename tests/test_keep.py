@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from linearize.convert import calibrate as calibration
-from linearize.convert.calibrate import calibrate, needles, recall_loss, retrieval_scores
+from linearize.convert.calibrate import calibrate, recall_loss, retrieval_scores, said_in_pieces
 from linearize.convert.keep import head_budget, heads_by_layer
-from linearize.convert.probes import Probe
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
 from linearize.recipes.attention import KeepSection
@@ -20,29 +21,13 @@ from .families import VOCAB, tiny_model
 CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4, slack=8)
 
 
-def said_twice(texts, length):
-    return torch.randint(3, VOCAB, (texts, length), generator=torch.Generator().manual_seed(0)).repeat(1, 2)
-
-
-def pass_keys(count, length):
-    """Whose last two tokens are asked for."""
-    drawn = torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
-    return [Probe(ids, torch.arange(length - 2, length), torch.tensor([9, 9])) for ids in drawn]
-
-
-def test_needles_are_told_at_all_depths(tiny_model):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for count in (1, 4):
-        asking = needles(tokenizer, torch.full((count, 100), 7))
-        assert [len(probe.ids) for probe in asking] == [200] * count
-        told = [(probe.asked - probe.distance)[0].item() / 200 for probe in asking]
-        # The needle and its question take some of the 200 tokens.
-        assert told == pytest.approx([(i + 0.5) / count for i in range(count)], abs=0.25) and told == sorted(told)
+def random_texts(count, length):
+    return torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
-    model, texts, length = tiny_model(name), said_twice(2, 20), 20
+    model, texts, length = tiny_model(name), random_texts(2, 20).repeat(1, 2), 20
     scores = retrieval_scores(model, texts)
     attentions = model(texts, output_attentions=True, use_cache=False).attentions
     for (layer, head), score in scores.items():
@@ -57,13 +42,12 @@ def test_retrieval_score_is_the_attention_on_the_token_to_copy(name):
 @pytest.mark.parametrize("affordable", [3, 4])
 def test_calibration_keeps_the_head_that_is_missed_most(monkeypatch, affordable):
     monkeypatch.setattr(calibration, "AFFORDABLE", affordable)
-    texts = said_twice(2, 20)
-    asking = pass_keys(2, 40)
-    measured = calibrate(tiny_model("llama"), CONFIG, texts, asking, 1, Console(quiet=True))
+    texts = random_texts(2, 20)
+    measured = calibrate(tiny_model("llama"), CONFIG, texts, 1, Console(quiet=True))
     model = tiny_model("llama")
 
     def loss(*heads):
-        return recall_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts, asking)
+        return recall_loss(install(model, window_alone(CONFIG), heads_by_layer(list(heads))), texts)
 
     def costs(heads):
         return {head: loss(*(heads - {head})).total - loss(*heads).total for head in heads}
@@ -82,17 +66,36 @@ def test_calibration_keeps_the_head_that_is_missed_most(monkeypatch, affordable)
     assert (measured.before, measured.after) == (loss(), loss(*measured.kept))
 
 
-def test_loss_of_the_two_halves():
-    model, texts = tiny_model("llama"), said_twice(1, 20)
-    nats = -model(texts).logits[0].log_softmax(-1)
-    by_token = [nats[t - 1, texts[0, t]].item() for t in range(1, 40)]
-    asking = pass_keys(3, 30)
-    loss = recall_loss(model, texts, asking)
-    told = torch.stack([-model(probe.ids[None]).logits[0].log_softmax(-1)[:-1] for probe in asking])
-    told = told.gather(2, torch.stack([probe.ids[1:, None] for probe in asking]))[:, -2:]
-    assert loss.passkey == pytest.approx(told.mean().item(), rel=1e-5)
-    assert loss.likelihood == pytest.approx(sum(by_token[:19]) / 19, rel=1e-5)
-    assert loss.recall == pytest.approx(sum(by_token[20:]) / 19, rel=1e-5)
+@given(length=st.integers(2, 100))
+def test_pieces_are_said_again_whole(length):
+    texts = torch.arange(2 * length).view(2, length)
+    ids, asked = said_in_pieces(texts)
+    assert torch.equal(ids[:, :length], texts)
+    again = ids[:, length:]
+    size = min(16, length // 2)
+    # All but an incomplete last piece, each once and whole.
+    assert again[0].sort().values.tolist() == list(range(length // size * size))
+    assert all((piece - piece[0]).tolist() == list(range(size)) for piece in again[0].split(size))
+    assert torch.equal(again[1], again[0] + length)
+    # Within its piece, each token asked for has a quarter before it.
+    assert ((asked - length) % size >= size // 4).all() and len(asked) == len(again[0]) // size * (size - size // 4)
+
+
+def test_loss_is_that_of_the_tokens_it_names():
+    model, texts = tiny_model("llama"), random_texts(1, 20)
+
+    def by_token(ids):
+        """The token at 1, at 2, .."""
+        nats = -model(ids).logits[0].log_softmax(-1)
+        return [nats[t - 1, ids[0, t]].item() for t in range(1, ids.shape[1])]
+
+    loss = recall_loss(model, texts)
+    twice = by_token(texts.repeat(1, 2))
+    assert loss.likelihood == pytest.approx(sum(twice[:19]) / 19, rel=1e-5)
+    assert loss.recall == pytest.approx(sum(twice[20:]) / 19, rel=1e-5)
+    ids, asked = said_in_pieces(texts)
+    in_pieces = by_token(ids)
+    assert loss.cued_recall == pytest.approx(sum(in_pieces[t - 1] for t in asked) / len(asked), rel=1e-5)
 
 
 def test_budget_is_rounded_down_and_no_further():
