@@ -110,8 +110,9 @@ class _DeltaScan(torch.autograd.Function):
         ctx.launch = lambda kernel, *tensors: kernel[(rows, triton.cdiv(columns, COLUMNS))](
             *tensors, n, columns, C=size, F=features, BE=COLUMNS,
             PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            # Loading ahead would double what is held of W and K, and 512 features leave no room for it.
-            num_stages=1, num_warps=8 if features > 256 else 4,
+            # Loading ahead would double what is held of W and K, and there is no room for it. With 8 warps, Triton 3.6
+            # reads outside its memory in TF32.
+            num_stages=1, num_warps=4,
         )  # fmt: skip
         ctx.launch(_forward, u0, W, K, factors, start, before, u, end)
         ctx.save_for_backward(u, W, K, factors, before)
@@ -135,7 +136,7 @@ def delta_scan(
 
     Args:
         u0: [B, n, H_kv, C, E]; W, K: [B, n, H_kv, C, F], fp32; total: [B, n, H_kv] in (0, 1]; start: [B, H_kv, F, E];
-            carries: [B, n] bool. C and F are powers of 2 from 16 to 64 and to 512.
+            carries: [B, n] bool. C and F are powers of 2 from 16 to 64 and to 256.
 
     Returns:
         u [B, n, H_kv, C, E], M before each chunk [B, n, H_kv, F, E], and M after the last [B, H_kv, F, E].
