@@ -73,12 +73,8 @@ def rows(directory: Path, names: list[str]) -> list[tuple[str, dict]]:
         if not path.is_file():
             continue
         models = json.loads(path.read_text("utf-8"))["models"]
-        beside = TEACHER, TUNED_TEACHER, "untrained"
-        found += [
-            (model, figures)
-            for model, figures in models.items()
-            if model.endswith(beside) and (model == TUNED_TEACHER or model not in dict(found))
-        ]
+        known = ("after finetune", "after transfer", "installed")
+        found += [(model, figures) for model, figures in models.items() if model not in known]
         found.append((name, next(models[stage] for stage in ("after finetune", "installed") if stage in models)))
     return found
 

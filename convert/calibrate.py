@@ -32,8 +32,6 @@ Head = tuple[int, int]
 AFFORDABLE = 256
 # Heads on the shortlist for each head that is kept.
 SHORTLIST = 3
-
-
 # Tokens of the pieces in which a text is said again.
 PIECE = 16
 
