@@ -25,12 +25,12 @@ SEED = ["seed=1"]
 TEACHER_TOO = ["evaluate.tuned_teacher=true"]
 # Recipe smollm2-135m-hybrid.
 KEEP = [
-    "keep={kv_budget: 0.1}", "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]",
-    "finetune.recall=0.3",
+    "keep={kv_budget: 0.1, texts: 8}",
+    "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]", "finetune.recall=0.5",
 ]
 # Recipe smollm2-135m-long.
 LONG = [
-    "transfer.steps=240", "finetune.steps=1200",
+    "transfer.steps=240", "finetune.steps=1000",
     "finetune.curriculum=[{length: 1024, share: 0.75}, {length: 4096, share: 0.25}]",
 ]
 WINDOW = ["attention.preset=swa", "transfer=null"]
@@ -57,7 +57,8 @@ def convert(recipe: str, directory: Path, overrides: list[str], *options: str, i
     """Exit code of `linearize convert`, on GPU `index` modulo their number."""
     directory.mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count()
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {})
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": visible[index % gpus]} if gpus else {})
     command = [sys.executable, "-m", "linearize.cli", "convert", recipe, *overrides, "--out", directory / "run"]
     with open(directory / "log.txt", "a", encoding="utf-8") as log:
         command = [*map(str, command), "--resume", *options]

@@ -25,7 +25,7 @@ BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 # The caches between them hold so many tokens: 8 GiB of a softmax model of 8B parameters.
 CACHED_TOKENS = 65536
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-PASSKEY_TRIALS = 4
+PASSKEY_TRIALS = 10
 FAR_TEXT = 256
 RECALL_TRIALS = 8
 
@@ -130,20 +130,20 @@ def copying(model: nn.Module, asking: list[Probe]) -> dict:
 
 
 def passkey(model: nn.Module, asking: dict[str, list[Probe]]) -> dict:
-    """The share of pass keys that greedy decoding gives back: `accuracy`, and `by_depth`.
+    """The share of pass keys that greedy decoding gives back: `accuracy`, and `by_depth`; `perplexity` of their tokens.
 
     Greedy decoding gives the key exactly where each of its tokens is first choice after the ones before.
 
     Args:
         asking: depth -> probes (`probes.passkey`), all of one length.
     """
-    found = iter(answers(model, sum(asking.values(), [])))
-    by_depth = {
-        depth: torch.stack([next(found)[1].all() for _ in trials]) for depth, trials in asking.items()
-    }
+    losses, hits = zip(*answers(model, sum(asking.values(), [])), strict=True)
+    right = iter(torch.stack([given.all() for given in hits]))
+    by_depth = {depth: torch.stack([next(right) for _ in trials]) for depth, trials in asking.items()}
     return {
         "accuracy": accuracy(torch.cat(list(by_depth.values()))),
         "by_depth": {depth: accuracy(hits) for depth, hits in by_depth.items()},
+        "perplexity": perplexity(torch.cat(losses)),
     }
 
 

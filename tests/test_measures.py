@@ -177,7 +177,12 @@ def test_passkey_is_what_greedy_decoding_gives(model):
     wrong = probes.Probe(right.ids.clone(), asked, asked)
     wrong.ids[-1] = (wrong.ids[-1] + 1) % 240
     figures = measures.passkey(model, {"0.1": [right, wrong], "0.9": [other, other]})
-    assert figures == {"accuracy": 0.75, "by_depth": {"0.1": 0.5, "0.9": 1.0}}
+    losses = torch.cat([losses for losses, _ in measures.answers(model, [right, wrong, other, other])])
+    assert figures == {
+        "accuracy": 0.75,
+        "by_depth": {"0.1": 0.5, "0.9": 1.0},
+        "perplexity": pytest.approx(losses.double().mean().exp().item()),
+    }
 
 
 def test_measures_of_a_section(model, tiny_model):
