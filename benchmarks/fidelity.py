@@ -26,7 +26,7 @@ TEACHER_TOO = ["evaluate.tuned_teacher=true"]
 # Recipe smollm2-135m-hybrid.
 KEEP = [
     "keep={kv_budget: 0.1, texts: 8}",
-    "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]", "finetune.recall=0.5",
+    "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]", "finetune.recall=0.3",
 ]
 # Recipe smollm2-135m-long.
 LONG = [

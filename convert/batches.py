@@ -15,9 +15,6 @@ from linearize.recipes.training import Training
 # Parts of a sequence that are repeated further on, and the tokens of the shortest.
 REPEATED_PARTS = 4
 SHORTEST_PART = 16
-# A piece of so many tokens begins at every 64th.
-PIECES = (8, 32)
-PIECE_EVERY = 64
 
 
 def draws(seed: int, purpose: str, index: int) -> random.Random:
@@ -29,7 +26,8 @@ def repeat_parts(input_ids: Tensor, choice: random.Random) -> Tensor:
     """[length]: the text with parts of it, 16 tokens to half of the length, written again further on.
 
     Natural text rarely asks for what was said long ago. Here the second time can be told word for word by whoever
-    recalls the first, which is at least an eighth of the sequence away. As many are short as long, octave by octave.
+    recalls the first, which is at least an eighth of the sequence away. Long parts ask for that; short ones, as many
+    octave by octave, for recognising it by few tokens.
     """
     length = len(input_ids)
     repeated = input_ids.clone()
@@ -40,22 +38,6 @@ def repeat_parts(input_ids: Tensor, choice: random.Random) -> Tensor:
         source, target = sorted(choice.randint(0, length - size - distance) for _ in range(2))
         target += distance
         repeated[target : target + size] = repeated[source : source + size]
-    return repeated
-
-
-def repeat_pieces(input_ids: Tensor, choice: random.Random) -> Tensor:
-    """[length]: the text with pieces of its first half, 8 to 32 tokens, written again all over the second.
-
-    Parts that go on for long ask for recall, but only where they begin, for recognising by a few words what is told:
-    here that is asked every 64 tokens. Less than 64 tokens are left as they are.
-    """
-    shortest, longest = PIECES
-    half = len(input_ids) // 2
-    repeated = input_ids.clone()
-    for target in range(half, len(input_ids) - longest + 1, PIECE_EVERY):
-        size = choice.randint(shortest, longest)
-        source = choice.randint(0, half - size)
-        repeated[target : target + size] = input_ids[source : source + size]
     return repeated
 
 
@@ -136,9 +118,8 @@ class TrainingBatches(Dataset):
         input_ids, starts = self.ids[begin : begin + length], self.starts[begin : begin + length]
         choice = draws(self.seed, "recall", place)
         if choice.random() < self.section.recall:
-            repeat = choice.choice([repeat_parts, repeat_pieces])
             # One document, or its beginning could not be recalled from its end.
-            input_ids, starts = repeat(input_ids, choice), torch.zeros_like(starts)
+            input_ids, starts = repeat_parts(input_ids, choice), torch.zeros_like(starts)
         sequence = with_labels(input_ids, starts)
         offset = draws(self.seed, "position_offset", place).randint(0, self.section.position_offset)
         sequence["position_ids"] = sequence["position_ids"] + offset

@@ -31,8 +31,7 @@ class Training(Section):
         length: tokens per packed sequence.
         curriculum: phases of other lengths, one after the other. Tokens per step and per forward pass stay those of
             `length`, so a phase of half the length has twice the sequences. Empty: `length` for the whole stage.
-        recall: share of the sequences in which parts of the text are repeated further on, half of them in many short
-            pieces (see `batches`).
+        recall: share of the sequences in which parts of the text are repeated further on (see `batches`).
         position_offset: the positions of each sequence begin at a random number from 0 to this one.
         lr: peak learning rate.
         weight_decay: of AdamW.
