@@ -23,6 +23,6 @@ def environment() -> dict[str, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     facts["device"] = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
-    facts["linear attention backends"] = ", ".join(BACKENDS) + f" (auto: {next(reversed(BACKENDS))})"
+    facts["linear attention backends"] = ", ".join(BACKENDS) + "; auto takes the last that can do what is asked"
     facts["teacher's softmax attention"] = teacher_backend(device)
     return facts

@@ -7,7 +7,7 @@ from .cache import LinearCacheLayer
 from .config import LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
-from .kernels import Problem, Weights, augmented_attention
+from .kernels import Features, Problem, Weights, augmented_attention
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
 
@@ -183,10 +183,7 @@ class LinearAttention(nn.Module):
     def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
-        phi_q = phi_k = gates = None
-        if self.features:
-            phi_q = self.phi_q(q if raw_q is None else raw_q)
-
+        q_features = k_features = gates = None
         if cache is None:
             tokens, state = self._locate(k, segments, None), None
         else:
@@ -203,16 +200,15 @@ class LinearAttention(nn.Module):
             state = cache.state
         if self.features:
             content = keys.get("raw", keys["k"])
-            phi_k = self.phi_k(content)
             if self.config.state != "additive":
                 gates = self.gates(content)
-            if self.config.state == "delta":
-                # Unit keys: what is written under a key is read back under it.
-                phi_q, phi_k = (nn.functional.normalize(phi, dim=-1) for phi in (phi_q, phi_k))
-
-        if hasattr(self, "lam_query"):
-            query = q if raw_q is None else raw_q
-            phi_q = phi_q * (scale * query @ self.lam_query.to(query.dtype)).exp()
+            query, factor = q if raw_q is None else raw_q, None
+            if hasattr(self, "lam_query"):
+                factor = (scale * query @ self.lam_query.to(query.dtype)).exp()
+            # Unit keys: what is written under a key by the delta rule is read back under it.
+            unit = self.config.state == "delta"
+            q_features = Features(query, self.phi_q, unit, factor)
+            k_features = Features(content, self.phi_k, unit)
 
         # Without linear heads there is only the cache to move on.
         out = q if not self.heads else augmented_attention(
@@ -220,8 +216,8 @@ class LinearAttention(nn.Module):
                 q=q,
                 k=keys["k"],
                 v=keys["v"],
-                phi_q=phi_q,
-                phi_k=phi_k,
+                q_features=q_features,
+                k_features=k_features,
                 gates=gates,
                 keys=tokens,
                 state=state,
@@ -233,10 +229,12 @@ class LinearAttention(nn.Module):
             ),
             self.backend,
         )
-        if ancestors is not None:
-            cache.draft = (keys, phi_k, gates, tokens)
-        elif cache is not None:
-            cache.append(keys, phi_k, gates, tokens, segments)
+        if cache is not None:
+            phi_k = None if k_features is None else k_features.phi
+            if ancestors is not None:
+                cache.draft = (keys, phi_k, gates, tokens)
+            else:
+                cache.append(keys, phi_k, gates, tokens, segments)
         return out
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:

@@ -25,11 +25,13 @@ class Tokens:
         document: [B, T], running number of the document in its row; 0 is the document that a cache holds the
             beginning of (or the first one), `PADDING` marks padding.
         position: [B, T], index within the document, counted from its true start.
+        whole: known to be one document per row, from its start, without padding.
         layouts: what backends work out from the tokens, kept for the next layer.
     """
 
     document: Tensor
     position: Tensor
+    whole: bool = False
     layouts: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -60,7 +62,7 @@ _located = WeakTensorKeyDictionary()
 @lru_cache(maxsize=4)
 def _single_documents(batch: int, length: int, device: torch.device, inference: bool) -> Tokens:
     position = torch.arange(length, device=device).expand(batch, -1)
-    return Tokens(torch.zeros_like(position), position)
+    return Tokens(torch.zeros_like(position), position, whole=True)
 
 
 def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Tokens:

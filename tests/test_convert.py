@@ -240,7 +240,7 @@ def test_export_uses_the_backends_of_an_installed_package(finished, monkeypatch)
         calls.append(problem)
         return kernels.reference(problem)
 
-    monkeypatch.setitem(kernels.BACKENDS, "faster", faster)
+    monkeypatch.setitem(kernels.BACKENDS, "faster", kernels.Backend(faster))
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
     model(torch.arange(1, 20).view(1, -1))
     assert len(calls) == 2

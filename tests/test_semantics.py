@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from linearize.layers.cache import LinearCacheLayer
 from linearize.layers.config import LinearAttentionConfig
-from linearize.layers.kernels import BACKENDS
 from linearize.layers.kernels.chunked import Layout, chunk_size
 from linearize.layers.tokens import Tokens, locate, segments_from_cu_seqlens
 
@@ -181,7 +180,7 @@ def test_large_scores_do_not_overflow():
     layer = make_layer(LinearAttentionConfig(window_size=8, sinks=2, conv_taps=0), dtype=torch.float32)
     x = Sequence.random(1, 100, dtype=torch.float32)
     x.q, x.k = x.q * 100, x.k * 100
-    for backend in BACKENDS:
+    for backend in ("reference", "torch"):
         layer.backend = backend
         assert run(layer, x).isfinite().all()
 
@@ -392,7 +391,7 @@ def test_cu_seqlens_are_segments():
 # What must not be seen
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_future_changes_nothing(window, backend):
     config = LinearAttentionConfig(window=window, window_size=6, sinks=2 if window else 0, conv_taps=4)
@@ -410,7 +409,7 @@ def pairs(x, y):
     return [(getattr(x, name), getattr(y, name)) for name in ("q", "k", "v", "raw_q", "raw_k", "sink_q")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_documents_and_padding_do_not_leak(window, backend):
     config = LinearAttentionConfig(window=window, window_size=6, sinks=2 if window else 0, conv_taps=4)
