@@ -1,12 +1,13 @@
 """One entry point, `augmented_attention`, and the backends behind it.
 
-`reference` is the quadratic oracle, `torch` the chunked form that is linear in length, `triton` the same fused on a
-GPU. A backend maps a `Problem` to outputs; `auto` takes the fastest that can do it, the last such entry of `BACKENDS`.
+`reference` is the quadratic oracle, `torch` the chunked form that is linear in length, `tiles` this with fused tiles
+for any state, and `triton` all of a layer with an additive state fused. A backend maps a `Problem` to outputs; `auto`
+takes the fastest that can do it, the last such entry of `BACKENDS`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from .reference import Weights, attend, contract, conv_band
 
 try:
     from linearize.layers.kernels.fused import additive
+    from linearize.layers.kernels.fused import attend as tiles
 except ImportError:  # no Triton, or an exported model's copy without the package
-    additive = None
+    additive = tiles = None
 
 
 @dataclass
@@ -95,8 +97,8 @@ def enter(gates: Gates | None, keys: Tokens, config: LinearAttentionConfig) -> G
     return None if gates is None else gates.where((keys.valid & (keys.position >= config.sinks))[:, None])
 
 
-def reference(problem: Problem) -> Tensor:
-    """[B, H, T, D_v] by the quadratic oracle."""
+def reference(problem: Problem, attend: Callable = attend) -> Tensor:
+    """[B, H, T, D_v] by the quadratic oracle, all keys one tile for `attend`."""
     past, keys = problem.past, problem.keys
     total = keys.document.shape[1]
     order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device).tril()
@@ -143,10 +145,10 @@ def reference(problem: Problem) -> Tensor:
     return out + contract(band, problem.v.to(out.dtype))
 
 
-def chunked(problem: Problem) -> Tensor:
-    """[B, H, T, D_v], linear in T; a few new tokens or a tree are one tile of the reference."""
+def chunked(problem: Problem, attend: Callable = attend) -> Tensor:
+    """[B, H, T, D_v], linear in T, a tile of `attend` per chunk; a few new tokens or a tree are one tile."""
     if problem.ancestors is not None or problem.q.shape[2] <= chunk_size(problem.config):
-        return reference(problem)
+        return reference(problem, attend)
 
     def after_past(x):  # remembered tokens take part as keys; their outputs are dropped
         return x if not problem.past else torch.cat([x.new_zeros(*x.shape[:2], problem.past, x.shape[3]), x], dim=2)
@@ -164,6 +166,7 @@ def chunked(problem: Problem) -> Tensor:
         problem.weights,
         problem.scale,
         None if problem.sink_q is None else after_past(problem.sink_q),
+        attend,
     )
     return out[:, :, problem.past :]
 
@@ -195,19 +198,12 @@ def fold(
 
 @dataclass(frozen=True)
 class Backend:
-    """`run` gives outputs [B, H, T, D_v]; `refuses` says why it cannot take a problem, or None."""
+    """`run` gives outputs [B, H, T, D_v]. `refuses` says why it cannot take a problem, or None; `unproven` why
+    it is left to those who ask for it by name."""
 
     run: Callable[[Problem], Tensor]
     refuses: Callable[[Problem], str | None] = lambda problem: None
-
-
-def _triton_refuses(problem: Problem) -> str | None:
-    if not problem.v.is_cuda:
-        return "Triton's kernels need a GPU"
-    if problem.config.window in ("terrace", "sliding"):
-        # On an H100, heads of 16 in bfloat16 come out wrong, not known why; Triton's interpreter has them right.
-        return f"window {problem.config.window} is not shown to be right on GPUs"
-    return additive.refuses(problem)
+    unproven: Callable[[Problem], str | None] = lambda problem: None
 
 
 def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
@@ -221,9 +217,23 @@ def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], T
     return run_without
 
 
+def _on_gpu(refuses: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
+    return lambda problem: refuses(problem) if problem.v.is_cuda else "Triton's kernels need a GPU"
+
+
+def _reaches_back(problem: Problem) -> str | None:
+    if problem.config.window in ("terrace", "sliding"):
+        # Triton's interpreter has them right. What is wrong on a GPU is not known.
+        return "of windows that reach back, heads of 16 in bfloat16 come out wrong on an H100"
+    return None
+
+
 BACKENDS = {"reference": Backend(_without_autocast(reference)), "torch": Backend(_without_autocast(chunked))}
 if additive is not None:
-    BACKENDS["triton"] = Backend(additive.attention, _triton_refuses)
+    BACKENDS["tiles"] = Backend(
+        _without_autocast(partial(chunked, attend=tiles.attend)), _on_gpu(tiles.refuses), lambda _: "never run on a GPU"
+    )
+    BACKENDS["triton"] = Backend(additive.attention, _on_gpu(additive.refuses), _reaches_back)
 
 
 def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
@@ -233,7 +243,11 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
         ValueError: for a backend that does not exist, or cannot do this.
     """
     if backend == "auto":
-        backend = next(name for name in reversed(BACKENDS) if not BACKENDS[name].refuses(problem))
+        backend = next(
+            name
+            for name, found in reversed(BACKENDS.items())
+            if not (found.refuses(problem) or found.unproven(problem))
+        )
     if backend not in BACKENDS:
         raise ValueError(
             f"attention backend {backend!r} does not exist; choose auto or one of {', '.join(BACKENDS)}"

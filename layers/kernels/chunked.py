@@ -6,6 +6,8 @@ their summed state. The chunk is a multiple of the window and no shorter than th
 further away than the previous chunk.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -145,8 +147,9 @@ def attend_sequence(
     weights: Weights,
     scale: float,
     sink_q: Tensor | None = None,
+    attend: Callable = attend,
 ) -> Tensor:
-    """Causal outputs [B, H, T, D_v] of whole sequences; arguments as `reference.attend`, one query per key.
+    """Causal outputs [B, H, T, D_v] of whole sequences, by `attend` in tiles; arguments as there, one query per key.
 
     `state` belongs to document 0 of each row.
     """
