@@ -1,6 +1,6 @@
 """`reference.attend` of one denominator, fused: a tile of queries over its keys, for any state's rule.
 
-A program takes up to 64 queries of one head through all keys in hand, near ones by softmax with a running maximum m,
+A program takes up to 32 queries of one head through all keys in hand, near ones by softmax with a running maximum m,
 far ones by features, and what the state holds comes as `recalled`:
 
     o = (g sum a v + lam (sum b u + recalled)) / D        D = g sum a + lam max(0, sum b u_mass + recalled_mass)
@@ -20,6 +20,8 @@ from ..reference import Weights, contract
 from .tiles import LOG2E, LOWEST, nonzero
 
 NEAR, FAR = 1, 2  # what a key is to a query; 0: not visible
+# Queries and keys of a step: larger ones do not fit the registers, at heads of 128 not even shared memory.
+BLOCK = 32
 
 
 @triton.jit
@@ -311,7 +313,7 @@ class _Attend(torch.autograd.Function):
 
         constants = dict(
             GROUPS=heads // kv_heads, D=dim, BD=block(dim), V=value_dim, BV=block(value_dim), F=features,
-            BF=block(features), BQ=min(64, block(queries)), BK=min(64, block(keys)), SINKS=sink_q is not None,
+            BF=block(features), BQ=min(BLOCK, block(queries)), BK=min(BLOCK, block(keys)), SINKS=sink_q is not None,
             KEYS_FAR=phi_k is not None, FADES=phi_k is not None and G_q is not None,
             P="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee", num_warps=4, num_stages=1,
         )  # fmt: skip
