@@ -1,5 +1,7 @@
 """One augmented linear attention layer: parameters, and the way from q, k, v to outputs with or without a cache."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -190,14 +192,15 @@ class LinearAttention(nn.Module):
             if not cache.is_initialized:
                 some_phi = self.phi_k(k[:, :, :1]) if self.features else None
                 cache.lazy_initialization(keys, some_phi)
-            new = self._locate(k, segments, cache)
+            tokens, state = self._locate(k, segments, cache), cache.state
             if ancestors is not None:
-                new.position = cache.length[:, None] + ancestors.sum(-1) - 1
+                tokens.position = cache.length[:, None] + ancestors.sum(-1) - 1
             keys, past = cache.recall(keys)
-            tokens = Tokens(
-                torch.cat([past.document, new.document], dim=1), torch.cat([past.position, new.position], dim=1)
-            )
-            state = cache.state
+            if past.document.shape[1]:
+                tokens = Tokens(
+                    torch.cat([past.document, tokens.document], dim=1),
+                    torch.cat([past.position, tokens.position], dim=1),
+                )
         if self.features:
             content = keys.get("raw", keys["k"])
             if self.config.state != "additive":
@@ -232,9 +235,9 @@ class LinearAttention(nn.Module):
         if cache is not None:
             phi_k = None if k_features is None else k_features.phi
             if ancestors is not None:
-                cache.draft = (keys, phi_k, gates, tokens)
+                cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
             else:
-                cache.append(keys, phi_k, gates, tokens, segments)
+                cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
         return out
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
@@ -243,6 +246,8 @@ class LinearAttention(nn.Module):
             return whole_sequences(segments, batch, length, k.device)
         if segments is not None:
             return locate(segments, cache.segment, cache.length)
+        if cache.seen == 0:
+            return replace(whole_sequences(None, batch, length, k.device))
         position = cache.length[:, None] + torch.arange(length, device=k.device)
         return Tokens(torch.zeros_like(position), position)
 

@@ -44,7 +44,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.ring: dict[str, Tensor] = {}
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
-        self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens] | None = None
+        self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens, int] | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
 
@@ -74,7 +74,10 @@ class LinearCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def recall(self, new: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tokens]:
-        """Sinks and ring followed by `new`, and document and position of the remembered part."""
+        """Sinks and ring followed by `new`, and document and position of the remembered part: nothing before the first
+        token, so that a prompt is a whole sequence to the kernels."""
+        if self.seen == 0:
+            return new, Tokens(self.length.new_zeros(len(self.length), 0), self.length.new_zeros(len(self.length), 0))
         slot = torch.arange(self.config.ring_size, device=self.length.device)
         position = (self.length - self.count)[:, None] + slot
         sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
@@ -88,16 +91,17 @@ class LinearCacheLayer(CacheLayerMixin):
         phi_k: Tensor | None,
         gates: Gates | None,
         tokens: Tokens,
+        new: int,
         segments: Tensor | None,
     ) -> None:
-        """Take in the new tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
+        """Take in the last `new` tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
 
         Args:
             phi_k: [B, H_kv, K, F], gates and tokens: of all keys; segments: [B, T] of the new ones.
         """
         sinks, ring_size = self.config.sinks, self.config.ring_size
-        remembered = sinks + ring_size
         document, position = tokens.document, tokens.position
+        remembered = document.shape[1] - new
         current = document[:, remembered:].amax(1, keepdim=True).clamp(min=0)
         continues = (current == 0).squeeze(1)
         added = (document[:, remembered:] == current).sum(1)
@@ -109,9 +113,8 @@ class LinearCacheLayer(CacheLayerMixin):
         leaves = belongs & (position < start)
         is_sink = position < sinks
         if phi_k is not None:
-            new = document.shape[1] - remembered
             # The oldest leave, as many as are new at most; they are in the ring unless the new ones overrun it.
-            part = slice(sinks, sinks + new) if new <= ring_size else slice(None)
+            part = slice(sinks, sinks + new) if remembered and new <= ring_size else slice(None)
             keep = continues[:, None, None]
             self.state = fold(
                 phi_k[:, :, part],
@@ -130,7 +133,7 @@ class LinearCacheLayer(CacheLayerMixin):
             last = torch.where(segments > 0, index, -1).amax(1)
             latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
             self.segment = torch.where(last >= 0, latest, self.segment)
-        self.seen += document.shape[1] - remembered
+        self.seen += new
 
     def accept(self, path: Tensor) -> None:
         """Commit nodes of the tree that the last forward verified.
@@ -138,10 +141,10 @@ class LinearCacheLayer(CacheLayerMixin):
         Args:
             path: [B, n] node indices from the root on; -1 fills rows that accept fewer.
         """
-        keys, phi_k, gates, tokens = self.draft
+        keys, phi_k, gates, tokens, nodes = self.draft
         self.draft = None
         self.memory.accept(path, self.length)
-        remembered = self.config.sinks + self.config.ring_size
+        remembered = tokens.document.shape[1] - nodes
 
         def pick(x):
             return torch.cat([x[:, :, :remembered], _pick(x, remembered + path.clamp(min=0))], dim=2)
@@ -160,7 +163,7 @@ class LinearCacheLayer(CacheLayerMixin):
             phi_k = pick(phi_k)
         if gates is not None:
             gates = gates.map(pick_gate)
-        self.append(keys, phi_k, gates, tokens, None)
+        self.append(keys, phi_k, gates, tokens, path.shape[1], None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row, exactly.
