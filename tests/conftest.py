@@ -32,6 +32,20 @@ torch.set_num_threads(1)
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
+# Sums of some hundred products, in single precision or (which the interpreter does not know) with factors of 10 bits.
+PRECISIONS = [("highest", 1e-5)] + ([("high", 5e-3)] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=PRECISIONS)
+def tolerance(request):
+    """Of a kernel's results at the precision of products that is set meanwhile."""
+    before = torch.get_float32_matmul_precision()
+    precision, tolerance = request.param
+    torch.set_float32_matmul_precision(precision)
+    yield tolerance
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def without_gradients():
     with torch.no_grad():

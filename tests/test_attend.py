@@ -29,17 +29,6 @@ CONFIGS = {
     "hedgehog": PRESETS["hedgehog"],
     "swa": replace(PRESETS["swa"], window_size=24),
 }
-# Sums of some hundred products in single precision, or of factors of 10 bits.
-PRECISIONS = [("highest", 1e-5)] + ([("high", 5e-3)] if DEVICE == "cuda" else [])
-
-
-@pytest.fixture(params=PRECISIONS)
-def tolerance(request):
-    before = torch.get_float32_matmul_precision()
-    precision, tolerance = request.param
-    torch.set_float32_matmul_precision(precision)
-    yield tolerance
-    torch.set_float32_matmul_precision(before)
 
 
 def make(
