@@ -25,7 +25,7 @@ MAPS = ("elu1", "hedgehog", "t2r")
 # own. Measured on an H100, which has 132 multiprocessors.
 PROGRAMS = 128
 INDEPENDENT_PROGRAMS = 2048
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 LAUNCH = {
     "scan": dict(num_stages=3),
     "forward": dict(num_warps=4, num_stages=2),
@@ -54,8 +54,9 @@ def refuses(problem) -> str | None:
         return "draft trees and single tokens are small"
     if v.dtype not in DTYPES:
         return f"they do not compute in {v.dtype}"
-    if k.shape[-1] > 256 or v.shape[-1] > 256:
-        return "heads are larger than 256"
+    largest = 64 if v.dtype == torch.float32 else 256
+    if max(k.shape[-1], v.shape[-1], problem.k_features.map.dim) > largest:
+        return f"heads or features are larger than {largest}, which is what fits shared memory in {v.dtype}"
     if problem.state is not None and problem.state.S.requires_grad:
         return "the state needs a gradient"
     return None
