@@ -236,26 +236,31 @@ if additive is not None:
     BACKENDS["triton"] = Backend(additive.attention, _on_gpu(additive.refuses), _reaches_back)
 
 
-def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
-    """Outputs [B, H, T, D_v] in the dtype of v.
+def backend_for(problem: Problem, backend: str = "auto") -> str:
+    """Name of the backend that takes `problem`.
 
     Raises:
         ValueError: for a backend that does not exist, or cannot do this.
     """
     if backend == "auto":
-        backend = next(
+        return next(
             name
             for name, found in reversed(BACKENDS.items())
             if not (found.refuses(problem) or found.unproven(problem))
         )
     if backend not in BACKENDS:
-        raise ValueError(
-            f"attention backend {backend!r} does not exist; choose auto or one of {', '.join(BACKENDS)}"
-        )
+        raise ValueError(f"attention backend {backend!r} does not exist; choose auto or one of {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].refuses(problem)
     if reason:
         raise ValueError(f"attention backend {backend} cannot do this: {reason}; choose auto")
-    return BACKENDS[backend].run(problem).to(problem.v.dtype)
+    return backend
 
 
-__all__ = ["BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "fold"]
+def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
+    """Outputs [B, H, T, D_v] in the dtype of v; raises as `backend_for`."""
+    return BACKENDS[backend_for(problem, backend)].run(problem).to(problem.v.dtype)
+
+
+__all__ = [
+    "BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "backend_for", "fold",
+]  # fmt: skip
