@@ -262,5 +262,6 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
 
 
 __all__ = [
-    "BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "backend_for", "fold",
+    "BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "backend_for",
+    "fold",
 ]  # fmt: skip
