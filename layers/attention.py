@@ -236,6 +236,8 @@ class LinearAttention(nn.Module):
             phi_k = None if k_features is None else k_features.phi
             if ancestors is not None:
                 cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
+            elif k.shape[2] == 1 and segments is None and cache.seen and self.config.ring_size:
+                cache.step(keys, phi_k, gates, tokens)
             else:
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
         return out

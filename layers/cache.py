@@ -22,8 +22,8 @@ class LinearCacheLayer(CacheLayerMixin):
 
     Attributes:
         ring: name -> [B, H_kv, R, ..] of `k` (after the rotary embedding), `raw` (before it, where it differs) and
-            `v`; the first `count` slots of a row hold its latest tokens, oldest first.
-        sinks: the same names, [B, H_kv, s, ..]: the sinks that have left the ring.
+            `v`; position p of a row is in slot p modulo R, its latest `count` positions are held.
+        sinks: the same names, [B, H_kv, s, ..]: the first s positions, which `recall` takes once they left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
@@ -78,12 +78,16 @@ class LinearCacheLayer(CacheLayerMixin):
         token, so that a prompt is a whole sequence to the kernels."""
         if self.seen == 0:
             return new, Tokens(self.length.new_zeros(len(self.length), 0), self.length.new_zeros(len(self.length), 0))
-        slot = torch.arange(self.config.ring_size, device=self.length.device)
-        position = (self.length - self.count)[:, None] + slot
+        index = torch.arange(self.config.ring_size, device=self.length.device)
+        start = (self.length - self.count)[:, None]
+        position = start + index
         sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
-        held = torch.cat([sink < (self.length - self.count)[:, None], slot < self.count[:, None]], dim=1)
+        held = torch.cat([sink < start, index < self.count[:, None]], dim=1)
         tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
-        return {name: torch.cat([self.sinks[name], self.ring[name], x], dim=2) for name, x in new.items()}, tokens
+        slot = position % max(self.config.ring_size, 1)
+        return {
+            name: torch.cat([self.sinks[name], _pick(self.ring[name], slot), x], dim=2) for name, x in new.items()
+        }, tokens
 
     def append(
         self,
@@ -124,8 +128,8 @@ class LinearCacheLayer(CacheLayerMixin):
                 Tokens(torch.where(leaves[:, part], 0, PADDING), position[:, part]),
                 self.config,
             )
-        self.ring = _place(keys, belongs & ~leaves, position - start, self.config.ring_size)
-        self.sinks = _place(keys, leaves & is_sink, position, self.config.sinks)
+        self.ring = _place(keys, belongs & ~leaves, position % max(ring_size, 1), ring_size)
+        self.sinks = _place(keys, belongs & is_sink, position, sinks)
         if segments is None:
             self.segment = torch.ones_like(self.segment)
         else:
@@ -134,6 +138,30 @@ class LinearCacheLayer(CacheLayerMixin):
             latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
             self.segment = torch.where(last >= 0, latest, self.segment)
         self.seen += new
+
+    def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
+        """`append` of one new token in every row: nothing is moved but that token and the one that leaves the ring."""
+        sinks, ring_size = self.config.sinks, self.config.ring_size
+        if phi_k is not None:
+            oldest = slice(sinks, sinks + 1)
+            leaves = torch.where(self.count == ring_size, 0, PADDING)[:, None]
+            self.state = fold(
+                phi_k[:, :, oldest],
+                keys["v"][:, :, oldest],
+                None if gates is None else gates.map(lambda x: x[:, :, oldest]),
+                self.state,
+                Tokens(leaves, tokens.position[:, oldest]),
+                self.config,
+            )
+        is_sink = torch.arange(sinks, device=self.length.device) == self.length[:, None]
+        slot = (self.length % ring_size)[:, None]
+        for name, x in keys.items():
+            self.ring[name] = _write(self.ring[name], slot, x[:, :, -1:])
+            if sinks:
+                self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
+        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
+        self.segment = torch.ones_like(self.segment)
+        self.seen += 1
 
     def accept(self, path: Tensor) -> None:
         """Commit nodes of the tree that the last forward verified.
@@ -261,3 +289,11 @@ def _place(keys: dict[str, Tensor], chosen: Tensor, slot: Tensor, slots: int) ->
 def _pick(x: Tensor, index: Tensor) -> Tensor:
     """[B, H_kv, n, ..] the tokens `index` [B, n] of x [B, H_kv, K, ..]."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _write(x: Tensor, slot: Tensor, new: Tensor) -> Tensor:
+    """x [B, H_kv, R, ..] with `new` [B, H_kv, 1, ..] at `slot` [B, 1]; in place where autograd does not mind."""
+    index = slot[:, None, :, None].expand_as(new)
+    if torch.is_grad_enabled() or (x.is_inference() and not torch.is_inference_mode_enabled()):
+        return x.scatter(2, index, new)
+    return x.scatter_(2, index, new)
