@@ -159,7 +159,11 @@ class LinearCacheLayer(CacheLayerMixin):
             self.ring[name] = _write(self.ring[name], slot, x[:, :, -1:])
             if sinks:
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
-        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
+        self.advance()
+
+    def advance(self) -> None:
+        """Count one more token in every row."""
+        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=self.config.ring_size)
         self.segment = torch.ones_like(self.segment)
         self.seen += 1
 

@@ -21,8 +21,9 @@ from .reference import Weights, attend, contract, conv_band
 try:
     from linearize.layers.kernels.fused import additive
     from linearize.layers.kernels.fused import attend as tiles
+    from linearize.layers.kernels.fused import step as fused_step
 except ImportError:  # no Triton, or an exported model's copy without the package
-    additive = tiles = None
+    additive = tiles = fused_step = None
 
 
 @dataclass
@@ -263,5 +264,5 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
 
 __all__ = [
     "BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "backend_for",
-    "fold",
+    "fold", "fused_step",
 ]  # fmt: skip
