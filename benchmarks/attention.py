@@ -1,15 +1,17 @@
 """How fast the layer is, and what it takes, beside everything that could be picked instead: one run, one GPU.
 
-    python benchmarks/attention.py --out DIRECTORY [--lengths N ...] [--presets NAME ...] [--heads 32] [--kv-heads 32]
+    python benchmarks/attention.py --out DIRECTORY [--lengths N ...] [--presets NAME ...] [--backends auto ...]
+        [--heads 32] [--kv-heads 32]
 
-Forward, and forward and backward, of B = 1, causal, in bfloat16, per length: presets of this package (kernels as `auto`
-picks them), SDPA with cuDNN and with flash attention, and fla's chunked linear attention with and without normaliser
+Forward, and forward and backward, of B = 1, causal, in bfloat16, per length: presets of this package by each backend
+named, SDPA with cuDNN and with flash attention, and fla's chunked linear attention with and without normaliser
 where installed. Milliseconds are medians of CUDA graph replays with a cold L2 cache, random inputs; peak memory is what
 a call takes beyond inputs and outputs (and gradients). The floor is the bytes that must move at the bandwidth of a copy
 measured here. Writes `attention.json`, `attention.md` and `attention.png`.
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -37,7 +39,7 @@ def layer_of(preset: str, heads: int, kv_heads: int) -> LinearAttention:
     return layer
 
 
-def calls(presets: list[str], heads: int, kv_heads: int) -> dict:
+def calls(presets: list[str], backends: list[str], heads: int, kv_heads: int) -> dict:
     """Name -> function of q, k, v [B, H, T, D], and the parameters that it trains."""
     found = {}
     for name, backend in SDPA.items():
@@ -64,16 +66,16 @@ def calls(presets: list[str], heads: int, kv_heads: int) -> dict:
             return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
         found[name] = linear, []
-    for preset in presets:
+    for preset, backend in itertools.product(presets, backends):
         layer = layer_of(preset, heads, kv_heads)
-        rotary = {"raw_q": None} if PRESETS[preset].rope == "after" else {}
+        layer.backend = backend
 
-        def attend(q, k, v, layer=layer, rotary=rotary):
-            if not rotary and layer.config.sink_distance is not None:
-                return layer(q, k, v, scale=DIM**-0.5, raw_q=q, raw_k=k, sink_q=q)
-            return layer(q, k, v, scale=DIM**-0.5)
+        def attend(q, k, v, layer=layer):
+            raw = {} if layer.config.rope == "after" else {"raw_q": q, "raw_k": k}
+            sink = {} if layer.config.sink_distance is None else {"sink_q": q}
+            return layer(q, k, v, scale=DIM**-0.5, **raw, **sink)
 
-        found[preset] = attend, list(layer.parameters())
+        found[f"{preset}, {backend}"] = attend, list(layer.parameters())
     return found
 
 
@@ -166,7 +168,7 @@ def plot(results: dict, path: Path) -> None:
     for axis, what in zip(axes, ("forward", "forward and backward"), strict=True):
         for name, by_length in results.items():
             points = [(int(n), x[what]) for n, x in by_length.items() if what in x]
-            style = {"floor": ":"}.get(name, "-" if name in PRESETS else "--")
+            style = {"floor": ":"}.get(name, "-" if name.split(", ")[0] in PRESETS else "--")
             axis.loglog(*zip(*points, strict=True), style, marker="." if style != ":" else None, label=name)
         axis.set(title=what, xlabel="tokens", ylabel="ms")
     axes[0].legend(fontsize=7)
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 8192, 32768, 65536])
     parser.add_argument("--presets", nargs="+", default=["augmented-icml", "lolcats", "augmented"])
+    parser.add_argument("--backends", nargs="+", default=["auto"])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=32)
     arguments = parser.parse_args()
@@ -187,14 +190,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     speed = bandwidth()
     results = {"floor": {str(n): floors(n, heads, kv_heads, speed) for n in arguments.lengths}}
-    for name, (function, parameters) in calls(arguments.presets, heads, kv_heads).items():
+    for name, (function, parameters) in calls(arguments.presets, arguments.backends, heads, kv_heads).items():
         results[name] = {}
         for length in arguments.lengths:
             try:
                 results[name][str(length)] = measure(function, parameters, length, heads, kv_heads)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            except (ValueError, RuntimeError) as error:
                 print(f"{name} at {length}: {str(error).splitlines()[0][:200]}", flush=True)
             torch.cuda.empty_cache()
+        print(name, {length: round(x["forward"], 3) for length, x in results[name].items()}, flush=True)
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.split()[0]
