@@ -1,7 +1,5 @@
 """One augmented linear attention layer: parameters, and the way from q, k, v to outputs with or without a cache."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -196,9 +194,9 @@ class LinearAttention(nn.Module):
             if not cache.is_initialized:
                 some_phi = self.phi_k(k[:, :, :1]) if self.features else None
                 cache.lazy_initialization(keys, some_phi)
-            tokens, state = self._locate(k, segments, cache), cache.state
+            tokens, state = self._locate(k, segments, cache), cache.state if cache.seen else None
             if ancestors is not None:
-                tokens.position = cache.length[:, None] + ancestors.sum(-1) - 1
+                tokens = Tokens(tokens.document, cache.length[:, None] + ancestors.sum(-1) - 1)
             keys, past = cache.recall(keys)
             if past.document.shape[1]:
                 tokens = Tokens(
@@ -248,12 +246,10 @@ class LinearAttention(nn.Module):
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
         batch, _, length, _ = k.shape
-        if cache is None:
+        if cache is None or (cache.seen == 0 and segments is None):
             return whole_sequences(segments, batch, length, k.device)
         if segments is not None:
             return locate(segments, cache.segment, cache.length)
-        if cache.seen == 0:
-            return replace(whole_sequences(None, batch, length, k.device))
         position = cache.length[:, None] + torch.arange(length, device=k.device)
         return Tokens(torch.zeros_like(position), position)
 

@@ -120,14 +120,8 @@ class LinearCacheLayer(CacheLayerMixin):
             # The oldest leave, as many as are new at most; they are in the ring unless the new ones overrun it.
             part = slice(sinks, sinks + new) if remembered and new <= ring_size else slice(None)
             keep = continues[:, None, None]
-            self.state = fold(
-                phi_k[:, :, part],
-                keys["v"][:, :, part],
-                None if gates is None else gates.map(lambda x: x[:, :, part]),
-                State(self.state.S * keep[..., None], self.state.z * keep),
-                Tokens(torch.where(leaves[:, part], 0, PADDING), position[:, part]),
-                self.config,
-            )
+            self.state = State(self.state.S * keep[..., None], self.state.z * keep)
+            self._fold(keys, phi_k, gates, tokens, leaves[:, part], part)
         self.ring = _place(keys, belongs & ~leaves, position % max(ring_size, 1), ring_size)
         self.sinks = _place(keys, belongs & is_sink, position, sinks)
         if segments is None:
@@ -144,15 +138,7 @@ class LinearCacheLayer(CacheLayerMixin):
         sinks, ring_size = self.config.sinks, self.config.ring_size
         if phi_k is not None:
             oldest = slice(sinks, sinks + 1)
-            leaves = torch.where(self.count == ring_size, 0, PADDING)[:, None]
-            self.state = fold(
-                phi_k[:, :, oldest],
-                keys["v"][:, :, oldest],
-                None if gates is None else gates.map(lambda x: x[:, :, oldest]),
-                self.state,
-                Tokens(leaves, tokens.position[:, oldest]),
-                self.config,
-            )
+            self._fold(keys, phi_k, gates, tokens, (self.count == ring_size)[:, None], oldest)
         is_sink = torch.arange(sinks, device=self.length.device) == self.length[:, None]
         slot = (self.length % ring_size)[:, None]
         for name, x in keys.items():
@@ -160,6 +146,17 @@ class LinearCacheLayer(CacheLayerMixin):
             if sinks:
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
         self.advance()
+
+    def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:
+        """Those of `part` of the keys that leave [B, part] enter the state."""
+        self.state = fold(
+            phi_k[:, :, part],
+            keys["v"][:, :, part],
+            None if gates is None else gates.map(lambda x: x[:, :, part]),
+            self.state,
+            Tokens(torch.where(leaves, 0, PADDING), tokens.position[:, part]),
+            self.config,
+        )
 
     def advance(self) -> None:
         """Count one more token in every row."""

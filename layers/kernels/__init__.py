@@ -18,12 +18,15 @@ from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
 
-try:
-    from linearize.layers.kernels.fused import additive
-    from linearize.layers.kernels.fused import attend as tiles
-    from linearize.layers.kernels.fused import step as fused_step
-except ImportError:  # no Triton, or an exported model's copy without the package
-    additive = tiles = fused_step = None
+additive = tiles = fused_step = None
+# An exported model's copy takes backends from the package where that is installed, and of the same version.
+if __name__ == "linearize.layers.kernels":
+    try:
+        from linearize.layers.kernels.fused import additive
+        from linearize.layers.kernels.fused import attend as tiles
+        from linearize.layers.kernels.fused import step as fused_step
+    except ImportError:  # no Triton
+        pass
 
 
 @dataclass

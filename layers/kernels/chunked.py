@@ -7,6 +7,7 @@ further away than the previous chunk.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,8 @@ class Layout:
         self.document = torch.where(owner, torch.arange(documents, device=device), 0).amax(-1)  # (B, chunks)
         self.first_chunk = base.gather(1, self.document)
         self.index_in_document = number - self.first_chunk
+        # (B, chunks): document 0 begins with what the cache holds, every other one with nothing.
+        self.carries = (self.index_in_document > 0) | (self.document == 0)
         self.follows = torch.zeros_like(self.document, dtype=torch.bool)  # (B, chunks): the previous chunk's document
         self.follows[:, 1:] = self.document[:, 1:] == self.document[:, :-1]
 
@@ -100,6 +103,14 @@ class Layout:
         if (size, sinks) not in tokens.layouts:
             tokens.layouts[size, sinks] = cls(tokens, size, sinks)
         return tokens.layouts[size, sinks]
+
+    @cached_property
+    def gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For kernels: the token of its row in each slot [B, chunks, C], -1 where none is, `carries` and `follows`."""
+        batch, length = self.slot.shape
+        row = torch.arange(batch, device=self.source.device)[:, None, None] * length
+        token = torch.where(self.valid, self.source.view_as(self.valid) - row, -1)
+        return token.int(), self.carries.int(), self.follows.int()
 
     def tile(self, x: Tensor) -> Tensor:
         """[B, chunks, H, C, D] -> [B * chunks, H, sinks + 2 C, D]: the document's sinks, the previous and own chunk."""
@@ -220,10 +231,9 @@ class _Memory:
         enters = (layout.valid & (layout.position >= config.sinks))[:, :, None]
         if gates is not None:
             gates = gates.map(lambda x: layout.pack(x.unsqueeze(-1)).squeeze(-1)).where(enters)
-        # Document 0 begins with what the cache holds, every other one with nothing.
-        carries = (layout.index_in_document > 0) | (layout.document == 0)
         self.phi_k = layout.pack(phi_k).to(v.dtype) * enters.unsqueeze(-1)
-        self.u, self.M, self.G, self.end = scan(self.phi_k, v, gates, None if state is None else state.M, carries)
+        start = None if state is None else state.M
+        self.u, self.M, self.G, self.end = scan(self.phi_k, v, gates, start, layout.carries)
 
 
 def fold_sequence(

@@ -120,11 +120,7 @@ class _Shape:
         chunks, source, carries, follows = triton.cdiv(tokens, size), None, None, None
         if not problem.keys.whole:
             layout = Layout.of(problem.keys, size, config.sinks)
-            chunks = layout.chunks
-            row = torch.arange(batch, device=layout.source.device)[:, None, None] * tokens
-            source = torch.where(layout.valid, layout.source.view(batch, chunks, size) - row, -1).int()
-            carries = ((layout.index_in_document > 0) | (layout.document == 0)).int()
-            follows = layout.follows.int()
+            chunks, (source, carries, follows) = layout.chunks, layout.gathered
         return cls(
             config, problem.q.device, batch, heads, kv_heads, dim, problem.k_features.map.dim, tokens, tokens - queries,
             problem.scale, chunks, source, carries, follows,
@@ -206,9 +202,8 @@ def _room(shape: _Shape):
 
 def _results(shape: _Shape, *like: Tensor) -> list[Tensor]:
     """[B, H, T, D] in the memory order of transformers, [B, T, H, D]."""
-    sizes = [(*x.transpose(1, 2).shape,) for x in like]
     return [
-        _room(shape)(size, dtype=x.dtype, device=x.device).transpose(1, 2) for x, size in zip(like, sizes, strict=True)
+        _room(shape)(x.transpose(1, 2).shape, dtype=x.dtype, device=x.device).transpose(1, 2) for x in like
     ]
 
 

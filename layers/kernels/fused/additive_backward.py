@@ -7,6 +7,7 @@ from .tiles import (
     LOG2E,
     SIZES,
     band_of,
+    far_weights,
     features_of,
     joined,
     load_rows,
@@ -130,14 +131,12 @@ def backward_queries(
         far_mass = tl.sum(phi_q * x[None, :], axis=1)
         if OWN_FAR:
             phi_k = features_of(ks, weight_k, bias_k, MAP, F, BF, C, P).to(dtype)
-            f = tl.dot(phi_q.to(dtype), tl.trans(phi_k), input_precision=P)
-            f = tl.where(is_far, f, 0.0)
+            f = far_weights(phi_q.to(dtype), phi_k, is_far, P)
             far_term += tl.sum(f * dp, axis=1)
             far_mass += tl.sum(f, axis=1)
         if PREVIOUS_FAR:
             phi_b = features_of(ks_b, weight_k, bias_k, MAP, F, BF, C, P).to(dtype)
-            f = tl.dot(phi_q.to(dtype), tl.trans(phi_b), input_precision=P)
-            f = tl.where(is_far_b, f, 0.0)
+            f = far_weights(phi_q.to(dtype), phi_b, is_far_b, P)
             far_term += tl.sum(f * dp_b, axis=1)
             far_mass += tl.sum(f, axis=1)
         if SHARED:
@@ -216,8 +215,7 @@ def _query_tile(
     if FAR:
         wb = lam / tl.load(mass + at_row, mask=asks, other=1.0)
         phi_q = (features_of(qs, weight_q, bias_q, MAP, F, BF, C, P) * wb[:, None]).to(dtype)
-        f = tl.dot(phi_k, tl.trans(phi_q), input_precision=P)
-        weights += tl.where(is_far, f, 0.0).to(dtype)
+        weights += far_weights(phi_k, phi_q, is_far, P).to(dtype)
         far_middle = middle if SHARED else rise
         df = tl.where(is_far, dp - far_middle[None, :], 0.0)
         dphi = tl.dot(df.to(dtype), phi_q, dphi, input_precision=P)

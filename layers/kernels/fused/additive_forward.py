@@ -19,6 +19,7 @@ from .tiles import (
     SIZES,
     band_of,
     carry_of,
+    far_weights,
     features_of,
     joined,
     load_rows,
@@ -255,13 +256,11 @@ def forward(
         if PREVIOUS:
             vs_b = load_rows(v, batch, kv_h, c - 1, column, token_b, held_b, v_b, v_h, v_t, V, BV, C, INDEXED)
         if OWN_FAR:
-            f = tl.dot(phi_q, tl.trans(phi_k), input_precision=P)
-            f = tl.where(is_far, f, 0.0)
+            f = far_weights(phi_q, phi_k, is_far, P)
             far_sum += tl.sum(f, axis=1)
             o = tl.dot(f.to(dtype), vs, o, input_precision=P)
         if PREVIOUS_FAR:
-            f = tl.dot(phi_q, tl.trans(phi_b), input_precision=P)
-            f = tl.where(is_far_b, f, 0.0)
+            f = far_weights(phi_q, phi_b, is_far_b, P)
             far_sum += tl.sum(f, axis=1)
             o = tl.dot(f.to(dtype), vs_b, o, input_precision=P)
         if DELAY:

@@ -19,7 +19,7 @@ from ...tokens import near
 from ..reference import Weights, contract
 from .tiles import LOG2E, LOWEST, nonzero
 
-NEAR, FAR = 1, 2  # what a key is to a query; 0: not visible
+# `modes`, what a key is to a query: 0 not visible, 1 near, 2 far.
 # Queries and keys of a step: larger ones do not fit the registers, at heads of 128 not even shared memory.
 BLOCK = 32
 
@@ -55,6 +55,22 @@ def _far_weights(phi_qs, phi_ks, G_qs, G_ks, modes, FADES: tl.constexpr, P: tl.c
         faded = tl.exp2(tl.minimum(G_qs[:, None] - G_ks[None, :], 0.0) * LOG2E)
         b = b * faded
     return tl.where(modes == 2, b, 0.0), faded
+
+
+@triton.jit
+def _far_keys(
+    phi_k, u, G_k, kv, j, K, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+    FADES: tl.constexpr,
+):  # fmt: skip
+    """phi_k, u's values and mass, and G (where anything fades) of BK keys from j on."""
+    at = j + tl.arange(0, BK)
+    phi_ks = _load(phi_k + kv * K * F, j, F, F, BF, BK, K)
+    us = _load(u + kv * K * (V + 1), j, V + 1, V, BV, BK, K)
+    mass = tl.load(u + (kv * K + at) * (V + 1) + V, mask=at < K, other=0.0)
+    G_ks = mass
+    if FADES:
+        G_ks = _load_row(G_k + kv * K, j, BK, K)
+    return phi_ks, us, mass, G_ks
 
 
 @triton.jit
@@ -112,14 +128,8 @@ def _forward(
         near_o = tl.dot(a, vs, near_o * shrunk[:, None], input_precision=P)
         m = highest
         if KEYS_FAR:
-            phi_ks = _load(phi_k + kv * K * F, j, F, F, BF, BK, K)
-            G_ks = near_sum
-            if FADES:
-                G_ks = _load_row(G_k + kv * K, j, BK, K)
+            phi_ks, us, mass, G_ks = _far_keys(phi_k, u, G_k, kv, j, K, V, BV, F, BF, BK, FADES)
             b, _ = _far_weights(phi_qs, phi_ks, G_qs, G_ks, tile, FADES, P)
-            us = _load(u + kv * K * (V + 1), j, V + 1, V, BV, BK, K)
-            key = j + tl.arange(0, BK)
-            mass = tl.load(u + (kv * K + key) * (V + 1) + V, mask=key < K, other=0.0)
             far_o = tl.dot(b, us, far_o, input_precision=P)
             b_sum += tl.sum(b * mass[None, :], axis=1)
     counted = b_sum
@@ -185,14 +195,8 @@ def _backward_queries(
             ds = tl.where(sinks[None, :], 0.0, ds)
         dqs = tl.dot(ds * scale, ks, dqs, input_precision=P)
         if KEYS_FAR:
-            phi_ks = _load(phi_k + kv * K * F, j, F, F, BF, BK, K)
-            G_ks = summed
-            if FADES:
-                G_ks = _load_row(G_k + kv * K, j, BK, K)
+            phi_ks, us, mass, G_ks = _far_keys(phi_k, u, G_k, kv, j, K, V, BV, F, BF, BK, FADES)
             b, faded = _far_weights(phi_qs, phi_ks, G_qs, G_ks, tile, FADES, P)
-            us = _load(u + kv * K * (V + 1), j, V + 1, V, BV, BK, K)
-            at = j + tl.arange(0, BK)
-            mass = tl.load(u + (kv * K + at) * (V + 1) + V, mask=at < K, other=0.0)
             db = tl.dot(dNs, tl.trans(us), input_precision=P) + dDs_far[:, None] * mass[None, :]
             rise += tl.sum(b * db, axis=1)
             db = tl.where(tile == 2, far_weight * db * faded, 0.0)
@@ -236,12 +240,7 @@ def _backward_keys(
     dks = tl.zeros([BK, BD], tl.float32)
     dvs = tl.zeros([BK, BV], tl.float32)
     if KEYS_FAR:
-        phi_ks = _load(phi_k + kv * K * F, j, F, F, BF, BK, K)
-        us = _load(u + kv * K * (V + 1), j, V + 1, V, BV, BK, K)
-        mass = tl.load(u + (kv * K + key) * (V + 1) + V, mask=key < K, other=0.0)
-        G_ks = mass
-        if FADES:
-            G_ks = _load_row(G_k + kv * K, j, BK, K)
+        phi_ks, us, mass, G_ks = _far_keys(phi_k, u, G_k, kv, j, K, V, BV, F, BF, BK, FADES)
         dphi_ks = tl.zeros([BK, BF], tl.float32)
         dus = tl.zeros([BK, BV], tl.float32)
         dmass = tl.zeros([BK], tl.float32)
@@ -383,7 +382,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """`reference.attend` in fp32, where `config.combine` is `shared`."""
     is_near = near(config, q_position, k_position) & visible
-    modes = torch.where(is_near, NEAR, torch.where(visible, FAR, 0)).to(torch.int8)
+    modes = torch.where(is_near, 1, torch.where(visible, 2, 0)).to(torch.int8)
     is_sink = (k_position < config.sinks).to(torch.int8).contiguous()
     recalled = None
     if phi_q is not None:

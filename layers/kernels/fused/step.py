@@ -11,21 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .additive import DTYPES, MAPS
-from .tiles import LOG2E, LOWEST, features_of, nonzero, projection
-
-
-@triton.jit
-def _is_near(position, new, W: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether a key is near the new token, by their positions."""
-    if WINDOW == "block":
-        near = position // W == new // W
-    elif WINDOW == "sliding":
-        near = new - position < W
-    elif WINDOW == "terrace":
-        near = position // W >= new // W - 1
-    else:
-        near = position > new
-    return near
+from .tiles import LOG2E, LOWEST, features_of, near_keys, nonzero, projection
 
 
 @triton.jit
@@ -85,7 +71,7 @@ def _step(
                      mask=here[:, None] & (column_d < D)[None, :], other=0.0).to(tl.float32)  # fmt: skip
         vs = tl.load(ring_v + (row * R + slot)[:, None] * V + column_v[None, :],
                      mask=here[:, None] & (column_v < V)[None, :], other=0.0).to(tl.float32)  # fmt: skip
-        near = here & _is_near(position, new, W, WINDOW)
+        near = here & near_keys(new, position, W, WINDOW)
         a = tl.dot(qs, tl.trans(ks), input_precision=P) * (scale * LOG2E)
         a = tl.where(near[None, :], a, float("-inf"))
         highest = tl.maximum(m, tl.max(a, axis=1))

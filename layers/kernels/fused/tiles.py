@@ -115,14 +115,16 @@ def features_of(
 
 
 @triton.jit
-def _near(i, j, W: tl.constexpr, WINDOW: tl.constexpr):
-    """Whether key j is near query i, counted from a common chunk boundary."""
+def near_keys(i, j, W: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether key j is near query i, both counted from the document's start or a common chunk boundary."""
     if WINDOW == "block":
         near = i // W == j // W
     elif WINDOW == "sliding":
         near = i - j < W
-    else:
+    elif WINDOW == "terrace":
         near = j // W >= i // W - 1
+    else:
+        near = j > i  # none that may be seen
     return near
 
 
@@ -132,7 +134,7 @@ def near_and_far(visible, i, j, W: tl.constexpr, WINDOW: tl.constexpr, NEAR: tl.
     is_near = visible
     is_far = visible
     if NEAR and FAR:
-        near = _near(i, j, W, WINDOW)
+        near = near_keys(i, j, W, WINDOW)
         is_near = visible & near
         is_far = visible & ~near
     return is_near, is_far
@@ -148,3 +150,9 @@ def band_of(conv, head, C: tl.constexpr, TAPS: tl.constexpr, dtype: tl.constexpr
 @triton.jit
 def nonzero(x):
     return tl.where(tl.abs(x) < TINY, TINY, x)
+
+
+@triton.jit
+def far_weights(phi_q, phi_k, is_far, P: tl.constexpr):
+    """b of a tile, zero where a key is not far."""
+    return tl.where(is_far, tl.dot(phi_q, tl.trans(phi_k), input_precision=P), 0.0)
