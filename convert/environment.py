@@ -29,7 +29,7 @@ def preset_backend(preset: str, device: torch.device) -> str:
     chosen = backend_for(problem)
     passed_over = defaultdict(list)
     for name in takewhile(lambda name: name != chosen, reversed(BACKENDS)):
-        passed_over[BACKENDS[name].refuses(problem) or BACKENDS[name].unproven(problem)].append(name)
+        passed_over[BACKENDS[name].refuses(problem)].append(name)
     return "; ".join([chosen, *(f"not {', '.join(names)}: {reason}" for reason, names in passed_over.items())])
 
 

@@ -23,6 +23,8 @@ class TokenGates(nn.Module):
     def forward(self, k: Tensor) -> Gates:
         """Gates [B, H_kv, K] in fp32 (fp64 for fp64 inputs) of k [B, H_kv, K, D]."""
         dtype = torch.promote_types(k.dtype, torch.float32)
-        logits = nn.functional.normalize(k.to(dtype), dim=-1) @ self.weight.to(dtype) + self.bias.to(dtype)
+        # Divided by its length after the product, k is read but twice.
+        length = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=dtype).clamp(min=1e-12)
+        logits = (k @ self.weight.to(k.dtype)).to(dtype) / length + self.bias.to(dtype)
         log_decay = -nn.functional.softplus(logits[..., 0])
         return Gates(log_decay, logits[..., 1].sigmoid() if logits.shape[-1] > 1 else None)

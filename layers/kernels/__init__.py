@@ -1,13 +1,13 @@
 """One entry point, `augmented_attention`, and the backends behind it.
 
-`reference` is the quadratic oracle, `torch` the chunked form that is linear in length, `tiles` this with fused tiles
-for any state, and `triton` all of a layer with an additive state fused. A backend maps a `Problem` to outputs; `auto`
+`reference` is the quadratic oracle, `torch` the chunked form that is linear in length, and `triton` fused kernels:
+those for additive states where they can, else those for any state's rule. A backend maps a `Problem` to outputs; `auto`
 takes the fastest that can do it, the last such entry of `BACKENDS`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
 
-additive = tiles = fused_step = None
+FUSED, fused_step = (), None
 # An exported model's copy takes backends from the package where that is installed, and of the same version.
 if __name__ == "linearize.layers.kernels":
     try:
-        from linearize.layers.kernels.fused import additive
-        from linearize.layers.kernels.fused import attend as tiles
+        from linearize.layers.kernels.fused import additive, gated
         from linearize.layers.kernels.fused import step as fused_step
+
+        FUSED = additive, gated
     except ImportError:  # no Triton
         pass
 
@@ -101,8 +102,8 @@ def enter(gates: Gates | None, keys: Tokens, config: LinearAttentionConfig) -> G
     return None if gates is None else gates.where((keys.valid & (keys.position >= config.sinks))[:, None])
 
 
-def reference(problem: Problem, attend: Callable = attend) -> Tensor:
-    """[B, H, T, D_v] by the quadratic oracle, all keys one tile for `attend`."""
+def reference(problem: Problem) -> Tensor:
+    """[B, H, T, D_v] by the quadratic oracle."""
     past, keys = problem.past, problem.keys
     total = keys.document.shape[1]
     order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device).tril()
@@ -149,10 +150,10 @@ def reference(problem: Problem, attend: Callable = attend) -> Tensor:
     return out + contract(band, problem.v.to(out.dtype))
 
 
-def chunked(problem: Problem, attend: Callable = attend) -> Tensor:
-    """[B, H, T, D_v], linear in T, a tile of `attend` per chunk; a few new tokens or a tree are one tile."""
+def chunked(problem: Problem) -> Tensor:
+    """[B, H, T, D_v], linear in T; a few new tokens or a tree are one tile for the oracle."""
     if problem.ancestors is not None or problem.q.shape[2] <= chunk_size(problem.config):
-        return reference(problem, attend)
+        return reference(problem)
 
     def after_past(x):  # remembered tokens take part as keys; their outputs are dropped
         return x if not problem.past else torch.cat([x.new_zeros(*x.shape[:2], problem.past, x.shape[3]), x], dim=2)
@@ -170,7 +171,6 @@ def chunked(problem: Problem, attend: Callable = attend) -> Tensor:
         problem.weights,
         problem.scale,
         None if problem.sink_q is None else after_past(problem.sink_q),
-        attend,
     )
     return out[:, :, problem.past :]
 
@@ -202,12 +202,10 @@ def fold(
 
 @dataclass(frozen=True)
 class Backend:
-    """`run` gives outputs [B, H, T, D_v]. `refuses` says why it cannot take a problem, or None; `unproven` why
-    it is left to those who ask for it by name."""
+    """`run` gives outputs [B, H, T, D_v]. `refuses` says why it cannot take a problem, or None."""
 
     run: Callable[[Problem], Tensor]
     refuses: Callable[[Problem], str | None] = lambda problem: None
-    unproven: Callable[[Problem], str | None] = lambda problem: None
 
 
 def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
@@ -221,23 +219,20 @@ def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], T
     return run_without
 
 
-def _on_gpu(refuses: Callable[[Problem], str | None]) -> Callable[[Problem], str | None]:
-    return lambda problem: refuses(problem) if problem.v.is_cuda else "Triton's kernels need a GPU"
+def _fused(problem: Problem) -> Tensor:
+    return next(layer for layer in FUSED if not layer.refuses(problem)).attention(problem)
 
 
-def _reaches_back(problem: Problem) -> str | None:
-    if problem.config.window in ("terrace", "sliding"):
-        # Triton's interpreter has them right. What is wrong on a GPU is not known.
-        return "of windows that reach back, heads of 16 in bfloat16 come out wrong on an H100"
-    return None
+def _fused_refuses(problem: Problem) -> str | None:
+    if not problem.v.is_cuda:
+        return "Triton's kernels need a GPU"
+    reasons = [layer.refuses(problem) for layer in FUSED]
+    return None if None in reasons else "; ".join(dict.fromkeys(reasons))
 
 
 BACKENDS = {"reference": Backend(_without_autocast(reference)), "torch": Backend(_without_autocast(chunked))}
-if additive is not None:
-    BACKENDS["tiles"] = Backend(
-        _without_autocast(partial(chunked, attend=tiles.attend)), _on_gpu(tiles.refuses), lambda _: "never run on a GPU"
-    )
-    BACKENDS["triton"] = Backend(additive.attention, _on_gpu(additive.refuses), _reaches_back)
+if FUSED:
+    BACKENDS["triton"] = Backend(_fused, _fused_refuses)
 
 
 def backend_for(problem: Problem, backend: str = "auto") -> str:
@@ -247,11 +242,7 @@ def backend_for(problem: Problem, backend: str = "auto") -> str:
         ValueError: for a backend that does not exist, or cannot do this.
     """
     if backend == "auto":
-        return next(
-            name
-            for name, found in reversed(BACKENDS.items())
-            if not (found.refuses(problem) or found.unproven(problem))
-        )
+        return next(name for name, found in reversed(BACKENDS.items()) if not found.refuses(problem))
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} does not exist; choose auto or one of {', '.join(BACKENDS)}")
     reason = BACKENDS[backend].refuses(problem)

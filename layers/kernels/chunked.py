@@ -6,7 +6,6 @@ their summed state. The chunk is a multiple of the window and no shorter than th
 further away than the previous chunk.
 """
 
-from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -105,12 +104,13 @@ class Layout:
         return tokens.layouts[size, sinks]
 
     @cached_property
-    def gathered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For kernels: the token of its row in each slot [B, chunks, C], -1 where none is, `carries` and `follows`."""
+    def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For kernels: the token of its row in each slot [B, chunks, C], -1 where none is, `first_chunk`, `carries` and
+        `follows`."""
         batch, length = self.slot.shape
         row = torch.arange(batch, device=self.source.device)[:, None, None] * length
         token = torch.where(self.valid, self.source.view_as(self.valid) - row, -1)
-        return token.int(), self.carries.int(), self.follows.int()
+        return token.int(), self.first_chunk.int(), self.carries.int(), self.follows.int()
 
     def tile(self, x: Tensor) -> Tensor:
         """[B, chunks, H, C, D] -> [B * chunks, H, sinks + 2 C, D]: the document's sinks, the previous and own chunk."""
@@ -158,9 +158,8 @@ def attend_sequence(
     weights: Weights,
     scale: float,
     sink_q: Tensor | None = None,
-    attend: Callable = attend,
 ) -> Tensor:
-    """Causal outputs [B, H, T, D_v] of whole sequences, by `attend` in tiles; arguments as there, one query per key.
+    """Causal outputs [B, H, T, D_v] of whole sequences, in tiles; arguments as of `attend`, one query per key.
 
     `state` belongs to document 0 of each row.
     """

@@ -5,27 +5,20 @@ weights are never written; of states, one per segment, and for backward three nu
 states X and dX of every chunk in the inputs' dtype; with them all chunks are independent of each other.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...config import LinearAttentionConfig
-from ..chunked import Layout, chunk_size
+from ..chunked import chunk_size
 from .additive_backward import backward_keys, backward_queries
 from .additive_forward import forward, scan
+from .shape import DTYPES, INDEPENDENT_PROGRAMS, PROGRAMS, Shape, results, room, rows_last, strides
 
 MAPS = ("elu1", "hedgehog", "t2r")
-# Programs that a launch is cut into, about: where states are carried from chunk to chunk, and where chunks are on their
-# own. Measured on an H100, which has 132 multiprocessors.
-PROGRAMS = 128
-INDEPENDENT_PROGRAMS = 2048
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 LAUNCH = {
     "scan": dict(num_stages=3),
     "forward": dict(num_warps=4, num_stages=2),
@@ -86,46 +79,7 @@ def attention(problem) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-@dataclass
-class _Shape:
-    """What the launches have in common. T counts keys; queries are the last T - past.
-
-    Attributes:
-        chunks: of each row; span: chunks of a segment.
-        source: [B, chunks, C] the token in each slot or -1, and carries, follows [B, chunks] as the kernels' docstring
-            has them; None where rows are one document each, from its start.
-    """
-
-    config: LinearAttentionConfig
-    device: torch.device
-    batch: int
-    heads: int
-    kv_heads: int
-    dim: int
-    features: int
-    tokens: int
-    past: int
-    scale: float
-    chunks: int
-    source: Tensor | None
-    carries: Tensor | None
-    follows: Tensor | None
-
-    @classmethod
-    def of(cls, problem) -> "_Shape":
-        config = problem.config
-        batch, heads, queries, dim = problem.q.shape
-        kv_heads, tokens = problem.k.shape[1:3]
-        size = chunk_size(config)
-        chunks, source, carries, follows = triton.cdiv(tokens, size), None, None, None
-        if not problem.keys.whole:
-            layout = Layout.of(problem.keys, size, config.sinks)
-            chunks, (source, carries, follows) = layout.chunks, layout.gathered
-        return cls(
-            config, problem.q.device, batch, heads, kv_heads, dim, problem.k_features.map.dim, tokens, tokens - queries,
-            problem.scale, chunks, source, carries, follows,
-        )  # fmt: skip
-
+class _Shape(Shape):
     @cached_property
     def block_f(self) -> int:
         return max(32, triton.next_power_of_2(self.features))
@@ -134,18 +88,6 @@ class _Shape:
     def columns(self) -> int:
         """Of a map's projection."""
         return self.features // 2 if self.config.feature_map == "hedgehog" else self.features
-
-    def segments(self, rows: int, programs: int | None = None) -> tuple[int, int]:
-        """How many segments `rows` sequences of chunks are cut into, and the chunks of each."""
-        span = triton.cdiv(self.chunks, max(1, min(self.chunks, round((programs or PROGRAMS) / rows))))
-        return triton.cdiv(self.chunks, span), span
-
-    def given(self, width: int, *tensors: Tensor) -> list:
-        """Tensors [B, H, T, ..] as kernels take them: for chunks of rows of `width` columns, or of any rows."""
-        if self.source is not None:
-            return list(tensors)
-        block = [1, 1, chunk_size(self.config), width]
-        return [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors]
 
     def constants(self, value_dim: int, dtype: torch.dtype) -> dict:
         """Compile-time arguments of all kernels."""
@@ -183,53 +125,29 @@ def _padded_state(S: Tensor, z: Tensor, shape: _Shape) -> tuple[Tensor, Tensor]:
     return S.contiguous(), arranged(z.unsqueeze(-1)).squeeze(-1).contiguous()
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Of batch, head and token."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
-def _rows_last(x: Tensor) -> Tensor:
-    """x with rows as the copy engine takes them: dense, from addresses that 16 bytes divide."""
-    size = x.element_size()
-    fits = x.stride(-1) == 1 and not any(stride * size % 16 for stride in x.stride()[:3]) and not x.data_ptr() % 16
-    return x if fits else x.contiguous()
-
-
-def _room(shape: _Shape):
-    """What makes a tensor that programs fill, except for padding: there it must be zero."""
-    return torch.empty if shape.source is None else torch.zeros
-
-
-def _results(shape: _Shape, *like: Tensor) -> list[Tensor]:
-    """[B, H, T, D] in the memory order of transformers, [B, T, H, D]."""
-    return [
-        _room(shape)(x.transpose(1, 2).shape, dtype=x.dtype, device=x.device).transpose(1, 2) for x in like
-    ]
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, W_q, b_q, W_k, b_k, near, far, conv, state, shape):
-        q, k, v = map(_rows_last, (q, k, v))
+        q, k, v = map(rows_last, (q, k, v))
         dtype = q.dtype
         maps = [None if x is None else x.detach().to(dtype).contiguous() for x in (W_q, b_q, W_k, b_k)]
         near, far = near.detach().float().contiguous(), far.detach().float().contiguous()
         conv = None if conv is None else conv.detach().float().contiguous()
         constants, window = shape.constants(v.shape[-1], dtype), shape.window(0 if conv is None else conv.shape[1])
         batch, heads = shape.batch, shape.heads
-        count, span = shape.segments(batch * heads)
+        count, span = shape.segments(batch * heads, PROGRAMS)
         layout = shape.source, shape.carries, shape.follows
         initial = (None, None) if state is None else state
         parts = _parts(shape, constants, count)
         if count > 1:
             _scan(shape, constants, window, (k, v), maps[2:], parts, count - 1, span)
-        (out,) = _results(shape, q[..., :1].expand(*q.shape[:3], v.shape[-1]))
+        (out,) = results(shape, q[..., :1].expand(*q.shape[:3], v.shape[-1]))
         stores = any(ctx.needs_input_grad)
         lse, mass, top = (parts[0].new_empty(batch * heads * q.shape[2] if stores else 0) for _ in range(3))
         blocks, columns = _value_blocks(constants)
         forward[(batch * heads, count, blocks)](
             *shape.given(constants["BD"], q, k), *shape.given(columns["BV"], v, out), *maps, near, far, conv,
-            *parts, *initial, lse, mass, top, *layout, *_strides(q, k, v, out),
+            *parts, *initial, lse, mass, top, *layout, *strides(q, k, v, out),
             batch, heads, shape.tokens, shape.past, shape.chunks, span, shape.scale,
             **constants | columns, **window, HAS_STATE=state is not None, STORE=stores, **LAUNCH["forward"],
         )  # fmt: skip
@@ -241,16 +159,16 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         q, k, v, *maps, near, far, conv, S, z, kept, S_0, z_0, lse, mass, top = ctx.saved_tensors
-        do = _rows_last(do)
+        do = rows_last(do)
         shape, (constants, window) = ctx.shape, ctx.keywords
         batch, heads, kv_heads, size = shape.batch, shape.heads, shape.kv_heads, constants["C"]
         learned, layout = maps[0] is not None, (shape.source, shape.follows)
-        dq, dk, dv = _results(shape, q, k, v)
+        dq, dk, dv = results(shape, q, k, v)
         dy_q = dy_k = None
         if learned:
-            dy_q, dy_k = (_room(shape)(*x.shape[:3], shape.columns, dtype=x.dtype, device=x.device) for x in (q, k))
+            dy_q, dy_k = (room(shape)(*x.shape[:3], shape.columns, dtype=x.dtype, device=x.device) for x in (q, k))
         centre = torch.empty_like(lse)
-        slope = _room(shape)(lse.shape, device=lse.device)
+        slope = room(shape)(lse.shape, device=lse.device)
         peak = torch.empty_like(lse, dtype=torch.int32)
 
         states = _states(shape, constants, q)
@@ -262,12 +180,12 @@ class _Attention(torch.autograd.Function):
         sizes = heads, shape.tokens, shape.past, shape.chunks
         backward_queries[(batch * heads, count)](
             *by_d[:2], *by_v[:2], by_d[2], dy_q, *maps, near, far, *states, lse, mass, top, centre, slope, peak,
-            outer, *layout, *_strides(q, k, v, do, dq), *sizes, span, shape.scale, **constants, **window,
+            outer, *layout, *strides(q, k, v, do, dq), *sizes, span, shape.scale, **constants, **window,
             **LAUNCH["backward_queries"],
         )  # fmt: skip
 
         rows = batch * kv_heads
-        count, span = shape.segments(rows)
+        count, span = shape.segments(rows, PROGRAMS)
         parts, rows_of = _parts(shape, constants, count), (mass, centre if window["SHARED"] else slope)
         if count > 1:
             _scan(shape, constants, window, (q, do), maps[:2], parts, count - 1, span, of_rows=(far, *rows_of))
@@ -277,7 +195,7 @@ class _Attention(torch.autograd.Function):
         count, span = shape.segments(rows, INDEPENDENT_PROGRAMS)
         backward_keys[(rows, count)](
             *by_d[:2], *by_v[:2], by_d[3], by_v[2], dy_k, *maps, near, far, conv, *states, lse, mass, centre,
-            slope, peak, *layout, *_strides(q, k, v, do, dk, dv), *sizes, span, shape.scale, **constants, **window,
+            slope, peak, *layout, *strides(q, k, v, do, dk, dv), *sizes, span, shape.scale, **constants, **window,
             **LAUNCH["backward_keys"],
         )  # fmt: skip
 
@@ -328,7 +246,7 @@ def _scan(
     reverse = of_rows is not None
     scan[(shape.batch * shape.kv_heads, count)](
         *shape.given(constants["BD"], x), *shape.given(constants["BV"], y), *maps, *(of_rows or (None, None, None)),
-        *parts, *initial, *(states or (None, None)), shape.source, shape.carries, shape.follows, *_strides(x, y),
+        *parts, *initial, *(states or (None, None)), shape.source, shape.carries, shape.follows, *strides(x, y),
         shape.batch, shape.heads if reverse else shape.kv_heads, shape.tokens, shape.past if reverse else 0,
         shape.chunks, span, **constants | ({} if reverse else {"GROUPS": 1}), DELAY=window["PREVIOUS_NEAR"],
         REVERSE=reverse, WRITE=states is not None, HAS_STATE=initial[0] is not None,

@@ -47,6 +47,16 @@ def joined(held, follows, chunks, c, n, INDEXED: tl.constexpr):
 
 
 @triton.jit
+def body_slots(first, chunks, c, n, C: tl.constexpr, SINKS: tl.constexpr, INDEXED: tl.constexpr):
+    """Which slots of chunk c are not those of sinks, the first ones of a document's first chunk."""
+    c = tl.full([], c, tl.int32)
+    start = tl.full([], 0, tl.int32)
+    if INDEXED:
+        start = tl.load(first + chunks + c, mask=(c >= 0) & (c < n), other=-2)
+    return (tl.arange(0, C) < SINKS).to(tl.int32) * (c == start).to(tl.int32) == 0
+
+
+@triton.jit
 def load_rows(
     x, batch, head, c, column, token, held, x_b, x_h, x_t,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, INDEXED: tl.constexpr,

@@ -1,0 +1,158 @@
+"""The fused layer of any state's rule equals the reference in float64, on a GPU or in Triton's interpreter."""
+
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from linearize.layers import kernels
+from linearize.layers.attention import LinearAttention
+from linearize.layers.cache import LinearCacheLayer
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.kernels.fused import gated
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AUGMENTED = replace(PRESETS["augmented"], sink_distance=30)
+CONFIGS = {
+    "augmented": AUGMENTED,
+    "decay": LinearAttentionConfig(state="decay", conv_taps=1),
+    "additive": LinearAttentionConfig(sinks=0, conv_taps=0, far_weight="one"),
+    "terrace": replace(AUGMENTED, window="terrace", far_weight="learned", sink_distance=None),
+    "block": replace(AUGMENTED, window="block"),
+}
+# RMS of the error over that of what is expected: sums of some hundred products in single precision; for bfloat16 what
+# the rounding of features, states and weights adds up to.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    monkeypatch.setitem(kernels.BACKENDS, "fused", kernels.Backend(gated.attention, gated.refuses))
+
+
+def make(config, heads=2, kv_heads=1, dim=16, dtype=torch.float32, batch=1, length=200):
+    """A layer with random parameters, and q, k, v, raw_q, raw_k, sink_q."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    layer = LinearAttention(config, heads, kv_heads, dim).to(DEVICE)
+    for name, parameter in layer.named_parameters():
+        start = 1 if name.startswith("lam") and "query" not in name else 0
+        scale = 0.02 if name.startswith("gates.bias") else 0.3
+        parameter.data += start + scale * normal(*parameter.shape)
+    shapes = [heads, kv_heads, kv_heads, heads, kv_heads, heads]
+    return layer, [normal(batch, n, length, dim).to(dtype).requires_grad_() for n in shapes]
+
+
+def run(layer, inputs, **keywords):
+    q, k, v, raw_q, raw_k, sink_q = inputs
+    raw = {"raw_q": raw_q, "raw_k": raw_k, "sink_q": sink_q if layer.config.sink_distance else None}
+    return layer(q, k, v, scale=q.shape[-1] ** -0.5, **raw, **keywords)
+
+
+def exact(layer, inputs):
+    """The same in float64; weights of maps are rounded to the dtype of what they are applied to."""
+    reference = deepcopy(layer).double()
+    for part in (reference.phi_q, reference.phi_k):
+        part.weight.data = part.weight.to(inputs[0].dtype).double()
+    reference.backend = "reference"
+    return reference, [x.detach().double().requires_grad_() for x in inputs]
+
+
+def close(actual, expected, tolerance, what):
+    error = ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-6)).item()
+    assert error <= tolerance, (what, error)
+
+
+def poison():
+    """Memory that the next tensors get holds no zeros by chance."""
+    if DEVICE == "cuda":
+        torch.full((64, 1024, 1024), float("nan"), device=DEVICE)
+
+
+def check(config, segments=None, **sizes):
+    layer, inputs = make(config, **sizes)
+    tolerance = TOLERANCE[inputs[0].dtype]
+    reference, exact_inputs = exact(layer, inputs)
+    valid = torch.ones(inputs[0].shape[0], 1, inputs[0].shape[2], 1, device=DEVICE, dtype=torch.bool)
+    if segments is not None:
+        segments = segments.to(DEVICE)
+        valid = (segments > 0)[:, None, :, None]
+    weights = torch.randn(inputs[0].shape, device=DEVICE).to(inputs[0].dtype) * valid
+    expected = run(reference, exact_inputs, segments=segments)
+    layer.backend = "fused"
+    poison()
+    actual = run(layer, inputs, segments=segments)
+    close(actual.where(valid, 0), expected.where(valid, 0), tolerance, "out")
+
+    def gradients(out, layer, inputs):
+        leaves = [*inputs, *layer.parameters()]
+        return torch.autograd.grad((out * weights.to(out.dtype)).where(valid, 0).sum(), leaves, allow_unused=True)
+
+    names = ["q", "k", "v", "raw_q", "raw_k", "sink_q", *(name for name, _ in layer.named_parameters())]
+    poison()
+    found = gradients(actual, layer, inputs)
+    for name, x, y in zip(names, found, gradients(expected, reference, exact_inputs), strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            close(x.where(valid, 0) if x.dim() == 4 else x, y.where(valid, 0) if y.dim() == 4 else y, tolerance, name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE if DEVICE == "cuda" else [torch.float32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_and_gradients(name, dtype):
+    check(CONFIGS[name], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["augmented", "block"])
+def test_documents_and_padding(name):
+    segments = torch.zeros(2, 260, dtype=torch.long)
+    for number, (start, end) in enumerate(pairwise([0, 130, 134, 240]), start=1):
+        segments[0, start:end] = number
+    segments[1, 9:] = 1
+    check(CONFIGS[name], segments=segments, batch=2, length=260)
+
+
+@pytest.mark.parametrize("name", ["augmented", "terrace"])
+def test_prompts_in_parts(name, without_gradients):
+    """The second part goes on from sinks, a ring and a state."""
+    layer, inputs = make(CONFIGS[name], batch=2, length=330)
+    reference, exact_inputs = exact(layer, inputs)
+    segments = torch.ones(2, 330, dtype=torch.long, device=DEVICE)
+    segments[1, :100] = 0
+    expected = run(reference, exact_inputs, segments=segments)
+    cache = LinearCacheLayer(layer.config)
+    for start, end, backend in ((0, 220, "torch"), (220, 330, "fused")):
+        layer.backend = backend
+        out = run(layer, [x[:, :, start:end] for x in inputs], segments=segments[:, start:end], cache=cache)
+    close(out, expected[:, :, 220:], TOLERANCE[torch.float32], "out")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="minutes in the interpreter")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (8, 1)])
+def test_sizes(heads, kv_heads, dim, dtype):
+    if dtype == torch.float32 and dim > 64:
+        pytest.skip("refused: it does not fit")
+    check(CONFIGS["augmented"], heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, batch=2, length=391)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"feature_map": "exp", "feature_expansion": 1}, "hedgehog features"),
+        ({"window_size": 48}, "64 tokens"),
+        ({"sinks": 20}, "more than 16 sinks"),
+        ({"conv_taps": 64}, "convolution"),
+    ],
+)
+def test_what_it_refuses_is_named(change, reason):
+    layer, inputs = make(replace(AUGMENTED, **change), length=3)
+    layer.backend = "fused"
+    with pytest.raises(ValueError, match=reason):
+        run(layer, inputs)
