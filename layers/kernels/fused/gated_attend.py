@@ -200,8 +200,7 @@ def backward_queries(
     WINDOW: tl.constexpr, NEAR_BEFORE: tl.constexpr, FAR_BEFORE: tl.constexpr, CLAMPS: tl.constexpr,
     INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """dq, dsink_q, dphi_q [B, H, T, BF]; of each row `centre` (middle), `slope` and `peak`; what a chunk gives to sinks.
-    """
+    """dq, dsink_q, dphi_q; `centre` (middle), `slope` and `peak` of each row; what each chunk gives to sinks."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, h = row // H, row % H
     kv_h = h // GROUPS
