@@ -25,6 +25,8 @@ class LinearCacheLayer(CacheLayerMixin):
             `v`; position p of a row is in slot p modulo R, its latest `count` positions are held.
         sinks: the same names, [B, H_kv, s, ..]: the first s positions, which `recall` takes once they left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
+        far: what fused steps know of the ring's tokens (`kernels.fused.step.far_tokens`), or None where that is no
+            longer true.
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
@@ -44,6 +46,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.ring: dict[str, Tensor] = {}
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
+        self.far: dict[str, Tensor] | None = None
         self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens, int] | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
@@ -131,6 +134,7 @@ class LinearCacheLayer(CacheLayerMixin):
             last = torch.where(segments > 0, index, -1).amax(1)
             latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
             self.segment = torch.where(last >= 0, latest, self.segment)
+        self.far = None
         self.seen += new
 
     def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
@@ -145,7 +149,10 @@ class LinearCacheLayer(CacheLayerMixin):
             self.ring[name] = _write(self.ring[name], slot, x[:, :, -1:])
             if sinks:
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
-        self.advance()
+        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
+        self.segment = torch.ones_like(self.segment)
+        self.far = None
+        self.seen += 1
 
     def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:
         """Those of `part` of the keys that leave [B, part] enter the state."""
@@ -157,12 +164,6 @@ class LinearCacheLayer(CacheLayerMixin):
             Tokens(torch.where(leaves, 0, PADDING), tokens.position[:, part]),
             self.config,
         )
-
-    def advance(self) -> None:
-        """Count one more token in every row."""
-        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=self.config.ring_size)
-        self.segment = torch.ones_like(self.segment)
-        self.seen += 1
 
     def accept(self, path: Tensor) -> None:
         """Commit nodes of the tree that the last forward verified.
@@ -232,6 +233,8 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks = {name: function(x) for name, x in self.sinks.items()}
         if self.state is not None:
             self.state = State(function(self.state.S), function(self.state.z))
+        if self.far is not None:
+            self.far = {name: function(x) for name, x in self.far.items()}
         self.memory.map_rows(function)
         self.length, self.count, self.segment = function(self.length), function(self.count), function(self.segment)
 
@@ -246,7 +249,7 @@ class LinearCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.ring.values(), *self.sinks.values()]
+        tensors = [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values()]
         if self.state is not None:
             tensors += [self.state.S, self.state.z]
         return sum(x.nbytes for x in tensors) + self.memory.nbytes

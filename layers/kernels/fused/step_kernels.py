@@ -1,0 +1,338 @@
+"""The two kernels of a decoding step: `enter` takes the new token in, `attend` reads everything once and answers.
+
+`enter` computes features and gates, writes the new token into the slot of the oldest, and notes what left from there
+and the time; so `attend`, whose programs each have some value columns of one key head of one row, finds all tokens in
+the ring, adds to the state what has left on its way through it, and moves the counters on. d is a token's distance
+from the new one; F features, of hedgehog Y of each sign. Rows of a product are the queries of a key head's group; of
+the delta rule also the key that has just become far, which reads what it is to replace.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import LOG2E, LOWEST, nonzero, projection
+
+
+@triton.jit
+def features(
+    x, W, b, head, factor, MAP: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr,
+    BY: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BY] of x [ROWS, BD], times factor [ROWS]; and of hedgehog those of the other sign."""
+    column = tl.arange(0, BY)[None, :]
+    if MAP == "elu1":
+        x = x.to(tl.float32)
+        phi = tl.where(x > 0, x + 1, tl.exp2(x * LOG2E))
+        other = tl.zeros_like(phi)
+    else:
+        weight, bias = projection(W, b, head, MAP, D, BD, Y, BY)
+        y = tl.dot(x, weight.to(x.dtype), input_precision=P)
+        if MAP == "t2r":
+            phi = tl.maximum(y + bias[None, :], 0.0)
+            other = tl.zeros_like(phi)
+        else:
+            phi = softmax(tl.where(column < Y, y, float("-inf")))
+            other = softmax(tl.where(column < Y, -y, float("-inf")))
+    if UNIT:
+        squares = tl.sum(tl.where(column < Y, phi * phi + other * other, 0.0), axis=1)
+        factor /= tl.maximum(tl.sqrt(squares), 1e-12)
+    return phi * factor[:, None], other * factor[:, None]
+
+
+@triton.jit
+def softmax(y):
+    y = tl.exp2((y - tl.max(y, axis=1, keep_dims=True)) * LOG2E)
+    return tl.maximum(y / tl.sum(y, axis=1, keep_dims=True), 1e-12)
+
+
+@triton.jit
+def enter(
+    k, v, content_q, content_k, phi_q, W_q, b_q, W_k, b_k, lam_query, W_gate, b_gate,
+    ring_k, ring_v, ring_raw, sink_k, sink_v, sink_raw, ring_phi, u, mass, log_decay, beta,
+    z, left_phi, left_value, left_decay, clock, length, count, scale, B, H, R,
+    KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr,
+    Y: tl.constexpr, BY: tl.constexpr, SINKS: tl.constexpr, MAP: tl.constexpr, DELTA: tl.constexpr,
+    ROWS: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """A program has one query head, or one key head, of ROWS rows."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    head = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column_d, column_v, column_y = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BY)
+    inside = batch < B
+    row_d = inside[:, None] & (column_d < D)[None, :]
+    row_v = inside[:, None] & (column_v < V)[None, :]
+    row_y = inside[:, None] & (column_y < Y)[None, :]
+    one = tl.full([ROWS], 1.0, tl.float32)
+    if head < H:
+        query = batch * H + head
+        x = tl.load(content_q + query[:, None] * D + column_d[None, :], mask=row_d, other=0.0)
+        factor = one
+        if lam_query is not None:
+            w = tl.load(lam_query + head * D + column_d, mask=column_d < D, other=0.0)
+            factor = tl.exp2(tl.sum(x.to(tl.float32) * w[None, :], axis=1) * (scale * LOG2E))
+        phi, other = features(x, W_q, b_q, head, factor, MAP, DELTA, D, BD, Y, BY, P)
+        at_q = query[:, None] * F + column_y[None, :]
+        tl.store(phi_q + at_q, phi, mask=row_y)
+        if F > Y:
+            tl.store(phi_q + at_q + Y, other, mask=row_y)
+    else:
+        head -= H
+        row = batch * KV + head
+        new = tl.load(length + batch, mask=inside, other=0)
+        held = tl.load(count + batch, mask=inside, other=0)
+        if head == 0:
+            tl.store(clock + batch, new, mask=inside)
+            tl.store(clock + B + batch, held, mask=inside)
+        slot = row * R + new % R
+
+        # The oldest token leaves where the ring is full. Sinks are kept elsewhere.
+        leaves = inside & (held == R) & (new - R >= SINKS)
+        left = leaves.to(tl.float32)
+        decay = one
+        leaving_v = leaves[:, None] & (column_v < V)[None, :]
+        at_v = slot[:, None] * V + column_v[None, :]
+        if DELTA:
+            decay = tl.exp2(tl.load(log_decay + slot, mask=leaves, other=0.0) * LOG2E)
+            left = tl.load(mass + slot, mask=leaves, other=0.0)
+            value = tl.load(u + at_v, mask=leaving_v, other=0.0)
+        else:
+            value = tl.load(ring_v + at_v, mask=leaving_v, other=0.0).to(tl.float32)
+        tl.store(left_value + row[:, None] * V + column_v[None, :], value, mask=row_v)
+        tl.store(left_decay + row, decay, mask=inside)
+        leaving_y = leaves[:, None] & (column_y < Y)[None, :]
+        for part in tl.static_range(0, F, Y):
+            old = tl.load(ring_phi + slot[:, None] * F + part + column_y[None, :], mask=leaving_y, other=0.0)
+            old = old.to(tl.float32)
+            at_z = row[:, None] * F + part + column_y[None, :]
+            tl.store(left_phi + at_z, old, mask=row_y)
+            sums = tl.load(z + at_z, mask=row_y, other=0.0) * decay[:, None] + old * left[:, None]
+            tl.store(z + at_z, sums, mask=row_y)
+        # Threads may write where others have read.
+        tl.debug_barrier()
+
+        at_d = slot[:, None] * D + column_d[None, :]
+        from_d, from_v = row[:, None] * D + column_d[None, :], row[:, None] * V + column_v[None, :]
+        x = tl.load(content_k + from_d, mask=row_d, other=0.0)
+        new_k = tl.load(k + from_d, mask=row_d, other=0.0)
+        new_v = tl.load(v + from_v, mask=row_v, other=0.0)
+        tl.store(ring_k + at_d, new_k, mask=row_d)
+        tl.store(ring_v + at_v, new_v, mask=row_v)
+        if ring_raw is not None:
+            tl.store(ring_raw + at_d, x, mask=row_d)
+        is_sink = inside & (new < SINKS)
+        if SINKS:
+            at_sink = row * SINKS + new
+            sink_d = is_sink[:, None] & (column_d < D)[None, :]
+            to_d = at_sink[:, None] * D + column_d[None, :]
+            tl.store(sink_k + to_d, new_k, mask=sink_d)
+            if ring_raw is not None:
+                tl.store(sink_raw + to_d, x, mask=sink_d)
+            to_v = at_sink[:, None] * V + column_v[None, :]
+            tl.store(sink_v + to_v, new_v, mask=is_sink[:, None] & (column_v < V)[None, :])
+        phi, other = features(x, W_k, b_k, head, one, MAP, DELTA, D, BD, Y, BY, P)
+        at_phi = slot[:, None] * F + column_y[None, :]
+        tl.store(ring_phi + at_phi, phi.to(ring_phi.dtype.element_ty), mask=row_y)
+        if F > Y:
+            tl.store(ring_phi + at_phi + Y, other.to(ring_phi.dtype.element_ty), mask=row_y)
+        if DELTA:
+            unit = x.to(tl.float32)
+            unit /= tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12)[:, None]
+            at_gate = W_gate + (head * D + column_d) * 2
+            fading = tl.sum(unit * tl.load(at_gate, mask=column_d < D, other=0.0)[None, :], axis=1)
+            fading += tl.load(b_gate + head * 2)
+            writing = tl.sum(unit * tl.load(at_gate + 1, mask=column_d < D, other=0.0)[None, :], axis=1)
+            writing += tl.load(b_gate + head * 2 + 1)
+            softplus = tl.maximum(fading, 0.0) + tl.log(1.0 + tl.exp2(-tl.abs(fading) * LOG2E))
+            tl.store(log_decay + slot, tl.where(is_sink, 0.0, -softplus), mask=inside)
+            tl.store(beta + slot, tl.where(is_sink, 0.0, tl.sigmoid(writing)), mask=inside)
+
+
+@triton.jit
+def far_rows(phi_q, at_q, asks, ring_phi, at_turned, feature, turned_row, F: tl.constexpr, DELTA: tl.constexpr):
+    """Features [BG, BF] of a key head's queries, and of the key that has just become far."""
+    inside = feature < F
+    phi = tl.load(phi_q + at_q[:, None] * F + feature[None, :], mask=asks[:, None] & inside[None, :], other=0.0)
+    if DELTA:
+        turned = tl.load(ring_phi + at_turned * F + feature, mask=inside, other=0.0).to(tl.float32)
+        phi = tl.where(turned_row[:, None], turned[None, :], phi)
+    return phi
+
+
+@triton.jit
+def slot_of(d, latest, R):
+    """The slot of the token at distance d < R from the latest one."""
+    return tl.where(d > latest, latest - d + R, latest - d)
+
+
+@triton.jit
+def add_near(scores, allowed, v, m, near_sum, near_o, P: tl.constexpr):
+    """The softmax goes on with scores [BG, N], to base 2, of keys with values v [N, BV]."""
+    scores = tl.where(allowed[None, :], scores, float("-inf"))
+    highest = tl.maximum(m, tl.max(scores, axis=1))
+    a = tl.exp2(scores - highest[:, None])
+    shrunk = tl.exp2(m - highest)
+    near_o = tl.dot(a.to(v.dtype), v, near_o * shrunk[:, None], input_precision=P)
+    return highest, near_sum * shrunk + tl.sum(a, axis=1), near_o
+
+
+@triton.jit
+def attend(
+    q, sink_q, phi_q, out, ring_k, ring_v, sink_k, sink_v, ring_phi, u, mass, log_decay, beta,
+    S, z, left_phi, left_value, left_decay, clock, length, count, segment, gate, far_weight, conv, scale, B, R,
+    KV: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, FEATURES: tl.constexpr, BR: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr,
+    SHARED: tl.constexpr, FAR_UNIT: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """A program has BV value columns of one key head of one row; it goes through FEATURES of the state at a time."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(1).to(tl.int64)
+    batch, kv_h = row // KV, row % KV
+    new = tl.load(clock + batch).to(tl.int32)
+    held = tl.load(clock + B + batch).to(tl.int32)
+    tokens = tl.minimum(held + 1, R)
+    latest = new % R
+    group = tl.arange(0, BG)
+    asks = group < GROUPS
+    turned_row = group == GROUPS
+    h = kv_h * GROUPS + group
+    at_q = batch * (KV * GROUPS) + h
+    column_d, column_v = tl.arange(0, BD), tl.program_id(0) * BV + tl.arange(0, BV)
+    inside_d, inside_v = column_d < D, column_v < V
+
+    # The key that has just become far, of a sliding window; its slot where there is none as yet.
+    at_turned = row * R + slot_of(W, latest, R)
+
+    # What is in the state is far from all.
+    far_o = tl.zeros([BG, BV], tl.float32)
+    far_sum = tl.zeros([BG], tl.float32)
+    decay = tl.load(left_decay + row)
+    value = tl.load(left_value + row * V + column_v, mask=inside_v, other=0.0)
+    for first in range(0, BF, FEATURES):
+        feature = first + tl.arange(0, FEATURES)
+        at_S = (row * F + feature)[:, None] * V + column_v[None, :]
+        inside = (feature < F)[:, None] & inside_v[None, :]
+        state = tl.load(S + at_S, mask=inside, other=0.0)
+        left = tl.load(left_phi + row * F + feature, mask=feature < F, other=0.0)
+        state = state * decay + left[:, None] * value[None, :]
+        tl.store(S + at_S, state, mask=inside)
+        phi = far_rows(phi_q, at_q, asks, ring_phi, at_turned, feature, turned_row, F, DELTA)
+        far_o = tl.dot(phi, state, far_o, input_precision=P)
+        far_sum += tl.sum(phi * tl.load(z + row * F + feature, mask=feature < F, other=0.0)[None, :], axis=1)
+    if DELTA:
+        # What a key wrote has faded by all tokens since then, for the turned key up to this key.
+        distance = tl.arange(0, BR)
+        all_decays = tl.load(
+            log_decay + row * R + slot_of(distance, latest, R), mask=distance < tokens, other=0.0
+        )
+        since_turned = tl.sum(tl.where(distance < W, all_decays, 0.0))
+        before_row = tl.where(turned_row, since_turned, 0.0)
+        faded = tl.exp2((tl.sum(all_decays) - before_row) * LOG2E)
+        far_o *= faded[:, None]
+        far_sum *= faded
+
+    # Near tokens, and the convolution.
+    m = tl.full([BG], LOWEST, tl.float32)
+    near_sum = tl.zeros([BG], tl.float32)
+    near_o = tl.zeros([BG, BV], tl.float32)
+    conv_o = tl.zeros([BG, BV], tl.float32)
+    if WINDOW == "sliding":
+        near = tl.full([], W, tl.int32)
+    elif WINDOW == "block":
+        near = new % W + 1
+    elif WINDOW == "terrace":
+        near = new % W + W + 1
+    else:
+        near = tl.full([], 0, tl.int32)
+    asked = asks[:, None] & inside_d[None, :]
+    qs = tl.load(q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
+    for first in range(0, tl.minimum(tl.maximum(near, TAPS), tokens), BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        at = row * R + slot_of(d, latest, R)
+        here = d < tokens
+        is_near = here & (d < near) & (d <= new - SINKS)
+        k = tl.load(ring_k + at[:, None] * D + column_d[None, :], mask=is_near[:, None] & inside_d[None, :], other=0.0)
+        v = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
+        if WINDOW != "none":
+            scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
+            m, near_sum, near_o = add_near(scores, is_near, v, m, near_sum, near_o, P)
+        if TAPS:
+            is_tap = asks[:, None] & (here & (d < TAPS))[None, :]
+            taps = tl.load(conv + h[:, None] * TAPS + d[None, :], mask=is_tap, other=0.0)
+            conv_o = tl.dot(taps.to(v.dtype), v, conv_o, input_precision=P)
+    if SINKS:
+        position = tl.arange(0, BS)
+        here = (position < SINKS) & (position <= new)
+        at_sink = row * SINKS + position
+        k = tl.load(sink_k + at_sink[:, None] * D + column_d[None, :], mask=here[:, None] & inside_d[None, :], other=0.0)
+        v = tl.load(sink_v + at_sink[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
+        qs = tl.load(sink_q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
+        scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
+        m, near_sum, near_o = add_near(scores, here, v, m, near_sum, near_o, P)
+
+    # Far tokens that are still in the ring.
+    feature = tl.arange(0, BF)
+    phi = far_rows(phi_q, at_q, asks, ring_phi, at_turned, feature, turned_row, F, DELTA)
+    phi = phi.to(ring_phi.dtype.element_ty)
+    if DELTA:
+        since = since_turned
+        b_turned = tl.zeros([BG], tl.float32)
+    for first in range(near, tokens, BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        at = row * R + slot_of(d, latest, R)
+        is_far = (d < tokens) & (d <= new - SINKS)
+        keys = tl.load(
+            ring_phi + at[:, None] * F + feature[None, :], mask=is_far[:, None] & (feature < F)[None, :], other=0.0
+        )
+        b = tl.dot(phi, tl.trans(keys), input_precision=P)
+        b = tl.where(is_far[None, :], b, 0.0)
+        values = is_far[:, None] & inside_v[None, :]
+        if DELTA:
+            decays = tl.load(log_decay + at, mask=is_far, other=0.0)
+            before = since + tl.cumsum(decays) - decays
+            since += tl.sum(decays)
+            b *= tl.exp2((before[None, :] - before_row[:, None]) * LOG2E)
+            b_turned += tl.sum(tl.where((d == W)[None, :], b, 0.0), axis=1)
+            b = tl.where((d == W)[None, :], 0.0, b)
+            values &= (d > W)[:, None]
+            far_sum += tl.sum(b * tl.load(mass + at, mask=is_far & (d > W), other=0.0)[None, :], axis=1)
+            left = tl.load(u + at[:, None] * V + column_v[None, :], mask=values, other=0.0)
+            far_o = tl.dot(b, left, far_o, input_precision=P)
+        else:
+            far_sum += tl.sum(b, axis=1)
+            left = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=values, other=0.0)
+            far_o = tl.dot(b.to(left.dtype), left, far_o, input_precision=P)
+    if DELTA:
+        strength = tl.load(beta + at_turned)
+        v_turned = tl.load(ring_v + at_turned * V + column_v, mask=inside_v, other=0.0).to(tl.float32)
+        u_turned = strength * (v_turned - tl.sum(tl.where(turned_row[:, None], far_o, 0.0), axis=0))
+        mass_turned = strength * (1.0 - tl.sum(tl.where(turned_row, far_sum, 0.0)))
+        if (W < tokens) & (new - W >= SINKS):
+            tl.store(u + at_turned * V + column_v, u_turned, mask=inside_v)
+            tl.store(mass + at_turned, mass_turned, mask=tl.program_id(0) == 0)
+        far_o += b_turned[:, None] * u_turned[None, :]
+        # What the rule corrects may overshoot; a denominator must not.
+        far_sum = tl.maximum(far_sum + b_turned * mass_turned, 0.0)
+
+    g = tl.full([BG], 1.0, tl.float32)
+    if gate is not None:
+        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
+    lam = tl.full([BG], 1.0, tl.float32)
+    if far_weight is not None:
+        lam = tl.load(far_weight + h, mask=asks, other=0.0)
+        if SHARED:
+            lam = FAR_UNIT * tl.maximum(lam, 0.0)
+    if SHARED:
+        o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
+    else:
+        o = near_o * (g / nonzero(near_sum))[:, None] + far_o * (lam / nonzero(far_sum))[:, None]
+    at_o = at_q[:, None] * V + column_v[None, :]
+    tl.store(out + at_o, (o + conv_o).to(out.dtype.element_ty), mask=asks[:, None] & inside_v[None, :])
+    if (tl.program_id(0) == 0) & (kv_h == 0):
+        tl.store(length + batch, new + 1)
+        tl.store(count + batch, tokens)
+        tl.store(segment + batch, 1)
