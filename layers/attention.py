@@ -234,7 +234,7 @@ class LinearAttention(nn.Module):
             phi_k = None if k_features is None else k_features.phi
             if ancestors is not None:
                 cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
-            elif steps and self.config.ring_size:
+            elif steps and self.config.ring_size and cache.far is None:
                 cache.step(keys, phi_k, gates, tokens)
             else:
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)

@@ -18,15 +18,16 @@ from .tokens import PADDING, Tokens
 
 
 class LinearCacheLayer(CacheLayerMixin):
-    """The memory of one layer. B rows, R = `config.ring_size` ring slots, s sinks.
+    """The memory of one layer. B rows, R ring slots, s sinks.
 
     Attributes:
         ring: name -> [B, H_kv, R, ..] of `k` (after the rotary embedding), `raw` (before it, where it differs) and
-            `v`; position p of a row is in slot p modulo R, its latest `count` positions are held.
+            `v`; position p of a row is in slot p modulo R, its latest `count` positions are held. R is
+            `config.ring_size`, while fused steps go on some more.
         sinks: the same names, [B, H_kv, s, ..]: the first s positions, which `recall` takes once they left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
-        far: what fused steps know of the ring's tokens (`kernels.fused.step.far_tokens`), or None where that is no
-            longer true.
+        far: what fused steps know of the ring's tokens (`kernels.fused.step.remember`), or None where something else
+            has changed the cache since then.
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
@@ -81,13 +82,14 @@ class LinearCacheLayer(CacheLayerMixin):
         token, so that a prompt is a whole sequence to the kernels."""
         if self.seen == 0:
             return new, Tokens(self.length.new_zeros(len(self.length), 0), self.length.new_zeros(len(self.length), 0))
-        index = torch.arange(self.config.ring_size, device=self.length.device)
+        slots = self.ring["v"].shape[2]
+        index = torch.arange(slots, device=self.length.device)
         start = (self.length - self.count)[:, None]
         position = start + index
         sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
         held = torch.cat([sink < start, index < self.count[:, None]], dim=1)
         tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
-        slot = position % max(self.config.ring_size, 1)
+        slot = position % max(slots, 1)
         return {
             name: torch.cat([self.sinks[name], _pick(self.ring[name], slot), x], dim=2) for name, x in new.items()
         }, tokens
@@ -120,8 +122,10 @@ class LinearCacheLayer(CacheLayerMixin):
         leaves = belongs & (position < start)
         is_sink = position < sinks
         if phi_k is not None:
-            # The oldest leave, as many as are new at most; they are in the ring unless the new ones overrun it.
-            part = slice(sinks, sinks + new) if remembered and new <= ring_size else slice(None)
+            # The oldest leave, as many as are new at most and those that fused steps have left in more slots; they are
+            # in the ring unless the new ones overrun it.
+            leaving = new + self.ring["v"].shape[2] - ring_size
+            part = slice(sinks, sinks + leaving) if remembered and new <= ring_size else slice(None)
             keep = continues[:, None, None]
             self.state = State(self.state.S * keep[..., None], self.state.z * keep)
             self._fold(keys, phi_k, gates, tokens, leaves[:, part], part)
@@ -138,7 +142,8 @@ class LinearCacheLayer(CacheLayerMixin):
         self.seen += new
 
     def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
-        """`append` of one new token in every row: nothing is moved but that token and the one that leaves the ring."""
+        """`append` of one new token in every row, not after fused steps: nothing is moved but that token and the one that
+        leaves the ring."""
         sinks, ring_size = self.config.sinks, self.config.ring_size
         if phi_k is not None:
             oldest = slice(sinks, sinks + 1)
@@ -151,7 +156,6 @@ class LinearCacheLayer(CacheLayerMixin):
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
         self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
         self.segment = torch.ones_like(self.segment)
-        self.far = None
         self.seen += 1
 
     def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:

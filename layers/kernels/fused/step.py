@@ -15,8 +15,11 @@ from ..memory import far_values
 from .additive import DTYPES, MAPS
 from .step_kernels import attend, enter
 
-# Rows whose features a program computes: the fewest that tensor cores take.
+# Rows whose features a program computes, where there are many: the fewest that tensor cores take.
 ROWS = 16
+# Tokens that enter the state at once. While steps are done here the ring has so many slots more than without; a state
+# is then written at every 16th step only, which is a third of all bytes saved.
+FOLD = 16
 
 
 def refuses(layer, cache) -> str | None:
@@ -42,12 +45,12 @@ def refuses(layer, cache) -> str | None:
     return None
 
 
-def far_tokens(layer, cache) -> dict[str, Tensor]:
-    """What steps need to know of tokens in the ring when they are far, worked out anew from `k` (or `raw`) and `v`.
+def remember(layer, cache) -> None:
+    """Make ready `cache` for steps, after anything else has changed it: a ring with more slots, and `cache.far`, what
+    steps need to know of its tokens when they are far, worked out anew.
 
-    Returns:
-        per slot: `phi` [B, H_kv, R, F]; for the delta rule also its gates `log_decay` and `beta` [B, H_kv, R], and what
-        a key leaves in the state, `u` [B, H_kv, R, D_v] and `mass` [B, H_kv, R].
+    Per slot, `phi` [B, H_kv, R, F]; for the delta rule also the gates `log_decay` and `beta` [B, H_kv, R], and what a
+    key leaves in the state, `u` [B, H_kv, R, D_v] and `mass` [B, H_kv, R].
     """
     config, sinks = layer.config, layer.config.sinks
     keys, tokens = cache.recall({name: x[:, :, :0] for name, x in cache.ring.items()})
@@ -64,14 +67,16 @@ def far_tokens(layer, cache) -> dict[str, Tensor]:
         precedes = order & tokens.valid[:, None, :] & tokens.valid[:, :, None]
         u, _ = far_values(phi.float(), keys["v"].float(), gates, precedes, cache.state, tokens.valid)
         far = {"phi": phi, "log_decay": gates.log_decay, "beta": gates.beta, "u": u[..., :-1], "mass": u[..., -1]}
-    slot = torch.arange(config.ring_size, device=phi.device)
-    index = ((slot - tokens.position[:, :1]) % config.ring_size)[:, None]
+    slots = config.ring_size + FOLD
+    index = (torch.arange(slots, device=phi.device) - tokens.position[:, :1]) % slots
+    index = index.clamp(max=config.ring_size - 1)[:, None]
 
     def place(x):
-        at = index.expand(x.shape[:3]) if x.dim() == 3 else index.unsqueeze(-1).expand(-1, x.shape[1], -1, x.shape[3])
-        return x.gather(2, at)
+        at = index.expand(-1, x.shape[1], -1)
+        return x.gather(2, at if x.dim() == 3 else at.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
 
-    return {name: place(x) for name, x in far.items()}
+    cache.ring = {name: place(x) for name, x in keys.items()}
+    cache.far = {name: place(x) for name, x in far.items()}
 
 
 def step(
@@ -82,20 +87,17 @@ def step(
     arguments are those of the layer."""
     batch, heads, _, dim = q.shape
     kv_heads, value_dim, width = k.shape[1], v.shape[3], layer.features
-    config, ring, sinks, state = layer.config, cache.ring, cache.sinks, cache.state
+    config, sinks, state = layer.config, cache.sinks, cache.state
     if cache.far is None:
-        cache.far = far_tokens(layer, cache)
+        remember(layer, cache)
+    ring, slots = cache.ring, config.ring_size + FOLD
     far = [cache.far.get(name) for name in ("phi", "u", "mass", "log_decay", "beta")]
     q, k, v, raw_q, raw_k, sink_q = (
         None if x is None else x.contiguous() for x in (q, k, v, raw_q, raw_k, sink_q)
     )
     out = q.new_empty(batch, heads, 1, value_dim, dtype=v.dtype)
-    phi_q, left_phi, left_value, left_decay = (
-        state.S.new_empty(batch, *shape)
-        for shape in ((heads, width), (kv_heads, width), (kv_heads, value_dim), (kv_heads,))
-    )
+    phi_q = state.z.new_empty(batch, heads, width)
     clock = cache.length.new_empty(2, batch)
-    left = left_phi, left_value, left_decay, clock, cache.length, cache.count
 
     def parameter(*path):
         found = layer
@@ -108,17 +110,18 @@ def step(
 
     columns = width // 2 if config.feature_map == "hedgehog" else width
     shape = dict(
-        KV=kv_heads, D=dim, BD=block(dim), V=value_dim, F=width, SINKS=config.sinks, DELTA=config.state == "delta",
+        KV=kv_heads, D=dim, BD=block(dim), V=value_dim, F=width, SINKS=config.sinks, FOLD=FOLD, DELTA=config.state == "delta",
         OVERLAP=v.is_cuda, P="tf32" if v.dtype == torch.bfloat16 else "ieee",
     )  # fmt: skip
-    enter[heads + kv_heads, triton.cdiv(batch, ROWS)](
+    rows = 1 if batch < 8 else ROWS
+    enter[heads + kv_heads, triton.cdiv(batch, rows)](
         k, v, q if raw_q is None else raw_q, k if raw_k is None else raw_k, phi_q,
         *(parameter(*path) for path in (
             ("phi_q", "weight"), ("phi_q", "bias"), ("phi_k", "weight"), ("phi_k", "bias"), ("lam_query",),
             ("gates", "weight"), ("gates", "bias"),
         )),
-        ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"), *far, state.z, *left,
-        scale, batch, heads, config.ring_size, BV=block(value_dim), Y=columns, MAP=config.feature_map, ROWS=ROWS,
+        ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"), *far, state.z, clock, cache.length,
+        cache.count, scale, batch, heads, slots, BV=block(value_dim), Y=columns, MAP=config.feature_map, ROWS=rows,
         BY=block(dim) if config.feature_map == "elu1" else block(columns), num_warps=4, **shape,
     )  # fmt: skip
     columns = block(value_dim)
@@ -128,11 +131,11 @@ def step(
     groups = heads // kv_heads
     attend[triton.cdiv(value_dim, columns), batch * kv_heads](
         q, q if sink_q is None else sink_q, phi_q, out, ring["k"], ring["v"], sinks["k"], sinks["v"], *far, state.S,
-        state.z, *left, cache.segment, parameter("gate"), parameter("alpha" if config.combine == "sum" else "lam"),
-        parameter("conv"), scale, batch, config.ring_size, GROUPS=groups, BG=block(groups + 1), BV=columns,
-        BF=block(width), FEATURES=min(64, block(width)), BR=block(config.ring_size), BS=block(config.sinks),
+        state.z, clock, cache.length, cache.count, cache.segment, parameter("gate"), parameter("alpha" if config.combine == "sum" else "lam"),
+        parameter("conv"), scale, batch, slots, GROUPS=groups, BG=block(groups + 1), BV=columns,
+        BF=block(width), FEATURES=min(64, block(width)), BR=block(slots), BS=block(config.sinks),
         TAPS=config.conv_taps, W=config.window_size, WINDOW=config.window or "none",
-        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, BLOCK=64, num_warps=4, num_stages=2,
+        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, BLOCK=64, num_warps=4, num_stages=2, PREFETCH=v.is_cuda and batch * kv_heads <= 32,
         launch_pdl=v.is_cuda, **shape,
     )  # fmt: skip
     cache.seen += 1

@@ -1,10 +1,10 @@
 """The two kernels of a decoding step: `enter` takes the new token in, `attend` reads everything once and answers.
 
-`enter` computes features and gates, writes the new token into the slot of the oldest, and notes what left from there
-and the time; so `attend`, whose programs each have some value columns of one key head of one row, finds all tokens in
-the ring, adds to the state what has left on its way through it, and moves the counters on. d is a token's distance
-from the new one; F features, of hedgehog Y of each sign. Rows of a product are the queries of a key head's group; of
-the delta rule also the key that has just become far, which reads what it is to replace.
+`enter` computes features and gates, puts the new token into the ring and notes the time. So `attend`, whose programs
+each have some value columns of one key head of one row, finds all tokens in the ring; it moves the counters on. The
+state is read at every step, but written only when the ring is full: then its oldest FOLD tokens enter at once. d is a
+token's distance from the new one; F features, of hedgehog Y of each sign. Rows of a product are the queries of a key
+head's group; of the delta rule also the key that has just become far, which reads what it is to replace.
 """
 
 import triton
@@ -26,7 +26,10 @@ def features(
         other = tl.zeros_like(phi)
     else:
         weight, bias = projection(W, b, head, MAP, D, BD, Y, BY)
-        y = tl.dot(x, weight.to(x.dtype), input_precision=P)
+        if x.shape[0] == 1:
+            y = tl.sum(tl.trans(x).to(tl.float32) * weight.to(tl.float32), axis=0)[None, :]
+        else:
+            y = tl.dot(x, weight.to(x.dtype), input_precision=P)
         if MAP == "t2r":
             phi = tl.maximum(y + bias[None, :], 0.0)
             other = tl.zeros_like(phi)
@@ -45,14 +48,14 @@ def softmax(y):
     return tl.maximum(y / tl.sum(y, axis=1, keep_dims=True), 1e-12)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def enter(
     k, v, content_q, content_k, phi_q, W_q, b_q, W_k, b_k, lam_query, W_gate, b_gate,
     ring_k, ring_v, ring_raw, sink_k, sink_v, sink_raw, ring_phi, u, mass, log_decay, beta,
-    z, left_phi, left_value, left_decay, clock, length, count, scale, B, H, R,
+    z, clock, length, count, scale, B, H, R,
     KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr,
-    Y: tl.constexpr, BY: tl.constexpr, SINKS: tl.constexpr, MAP: tl.constexpr, DELTA: tl.constexpr,
-    ROWS: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
+    Y: tl.constexpr, BY: tl.constexpr, SINKS: tl.constexpr, FOLD: tl.constexpr, MAP: tl.constexpr,
+    DELTA: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program has one query head, or one key head, of ROWS rows."""
     if OVERLAP:
@@ -85,57 +88,28 @@ def enter(
         if head == 0:
             tl.store(clock + batch, new, mask=inside)
             tl.store(clock + B + batch, held, mask=inside)
-        slot = row * R + new % R
-
-        # The oldest token leaves where the ring is full. Sinks are kept elsewhere.
-        leaves = inside & (held == R) & (new - R >= SINKS)
-        left = leaves.to(tl.float32)
-        decay = one
-        leaving_v = leaves[:, None] & (column_v < V)[None, :]
-        at_v = slot[:, None] * V + column_v[None, :]
-        if DELTA:
-            decay = tl.exp2(tl.load(log_decay + slot, mask=leaves, other=0.0) * LOG2E)
-            left = tl.load(mass + slot, mask=leaves, other=0.0)
-            value = tl.load(u + at_v, mask=leaving_v, other=0.0)
-        else:
-            value = tl.load(ring_v + at_v, mask=leaving_v, other=0.0).to(tl.float32)
-        tl.store(left_value + row[:, None] * V + column_v[None, :], value, mask=row_v)
-        tl.store(left_decay + row, decay, mask=inside)
-        leaving_y = leaves[:, None] & (column_y < Y)[None, :]
-        for part in tl.static_range(0, F, Y):
-            old = tl.load(ring_phi + slot[:, None] * F + part + column_y[None, :], mask=leaving_y, other=0.0)
-            old = old.to(tl.float32)
-            at_z = row[:, None] * F + part + column_y[None, :]
-            tl.store(left_phi + at_z, old, mask=row_y)
-            sums = tl.load(z + at_z, mask=row_y, other=0.0) * decay[:, None] + old * left[:, None]
-            tl.store(z + at_z, sums, mask=row_y)
-        # Threads may write where others have read.
-        tl.debug_barrier()
-
-        at_d = slot[:, None] * D + column_d[None, :]
         from_d, from_v = row[:, None] * D + column_d[None, :], row[:, None] * V + column_v[None, :]
         x = tl.load(content_k + from_d, mask=row_d, other=0.0)
         new_k = tl.load(k + from_d, mask=row_d, other=0.0)
         new_v = tl.load(v + from_v, mask=row_v, other=0.0)
+        slot = row * R + new % R
+        at_d, at_v = slot[:, None] * D + column_d[None, :], slot[:, None] * V + column_v[None, :]
         tl.store(ring_k + at_d, new_k, mask=row_d)
         tl.store(ring_v + at_v, new_v, mask=row_v)
         if ring_raw is not None:
             tl.store(ring_raw + at_d, x, mask=row_d)
         is_sink = inside & (new < SINKS)
         if SINKS:
-            at_sink = row * SINKS + new
-            sink_d = is_sink[:, None] & (column_d < D)[None, :]
-            to_d = at_sink[:, None] * D + column_d[None, :]
-            tl.store(sink_k + to_d, new_k, mask=sink_d)
+            at_sink = (row * SINKS + new)[:, None]
+            tl.store(sink_k + at_sink * D + column_d[None, :], new_k, mask=is_sink[:, None] & row_d)
+            tl.store(sink_v + at_sink * V + column_v[None, :], new_v, mask=is_sink[:, None] & row_v)
             if ring_raw is not None:
-                tl.store(sink_raw + to_d, x, mask=sink_d)
-            to_v = at_sink[:, None] * V + column_v[None, :]
-            tl.store(sink_v + to_v, new_v, mask=is_sink[:, None] & (column_v < V)[None, :])
+                tl.store(sink_raw + at_sink * D + column_d[None, :], x, mask=is_sink[:, None] & row_d)
         phi, other = features(x, W_k, b_k, head, one, MAP, DELTA, D, BD, Y, BY, P)
-        at_phi = slot[:, None] * F + column_y[None, :]
-        tl.store(ring_phi + at_phi, phi.to(ring_phi.dtype.element_ty), mask=row_y)
+        to_phi = ring_phi + slot[:, None] * F + column_y[None, :]
+        tl.store(to_phi, phi.to(ring_phi.dtype.element_ty), mask=row_y)
         if F > Y:
-            tl.store(ring_phi + at_phi + Y, other.to(ring_phi.dtype.element_ty), mask=row_y)
+            tl.store(to_phi + Y, other.to(ring_phi.dtype.element_ty), mask=row_y)
         if DELTA:
             unit = x.to(tl.float32)
             unit /= tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12)[:, None]
@@ -147,6 +121,49 @@ def enter(
             softplus = tl.maximum(fading, 0.0) + tl.log(1.0 + tl.exp2(-tl.abs(fading) * LOG2E))
             tl.store(log_decay + slot, tl.where(is_sink, 0.0, -softplus), mask=inside)
             tl.store(beta + slot, tl.where(is_sink, 0.0, tl.sigmoid(writing)), mask=inside)
+
+        # Where the ring is full now, its oldest tokens enter the state; z here, as all programs of `attend` read it.
+        full = inside & (held + 1 == R)
+        if tl.max(full.to(tl.int32), axis=0) > 0:
+            for part in tl.static_range(0, F, Y):
+                at_z = row[:, None] * F + part + column_y[None, :]
+                sums = tl.load(z + at_z, mask=row_y, other=0.0)
+                for i in tl.range(0, FOLD, loop_unroll_factor=4):
+                    folds = full & (new - (R - 1 - i) >= SINKS)
+                    old = row * R + (new + 1 + i) % R
+                    old_phi = ring_phi + old[:, None] * F + part + column_y[None, :]
+                    old_phi = tl.load(old_phi, mask=folds[:, None] & row_y, other=0.0).to(tl.float32)
+                    if DELTA:
+                        sums *= tl.exp2(tl.load(log_decay + old, mask=folds, other=0.0) * LOG2E)[:, None]
+                        old_phi *= tl.load(mass + old, mask=folds, other=0.0)[:, None]
+                    sums += old_phi
+                tl.store(z + at_z, sums, mask=full[:, None] & row_y)
+
+
+@triton.jit
+def prefetch(x, row, size, WIDTH: tl.constexpr):
+    """Ask for this program's share of x[row], `size` rows of WIDTH numbers, to be brought into the L2 cache."""
+    programs = tl.num_programs(0)
+    bytes = x.dtype.element_ty.primitive_bitwidth // 8
+    share = tl.cdiv(size, programs)
+    first = tl.program_id(0) * share
+    share = tl.minimum(share, size - first)
+    if (WIDTH * bytes % 16 == 0) and share > 0:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [(x + (row * size + first) * WIDTH).to(tl.int64), (share * (WIDTH * bytes)).to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -177,25 +194,19 @@ def add_near(scores, allowed, v, m, near_sum, near_o, P: tl.constexpr):
     return highest, near_sum * shrunk + tl.sum(a, axis=1), near_o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def attend(
     q, sink_q, phi_q, out, ring_k, ring_v, sink_k, sink_v, ring_phi, u, mass, log_decay, beta,
-    S, z, left_phi, left_value, left_decay, clock, length, count, segment, gate, far_weight, conv, scale, B, R,
+    S, z, clock, length, count, segment, gate, far_weight, conv, scale, B, R,
     KV: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, FEATURES: tl.constexpr, BR: tl.constexpr,
-    SINKS: tl.constexpr, BS: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, FOLD: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr,
     SHARED: tl.constexpr, FAR_UNIT: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr, P: tl.constexpr,
+    PREFETCH: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program has BV value columns of one key head of one row; it goes through FEATURES of the state at a time."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(1).to(tl.int64)
     batch, kv_h = row // KV, row % KV
-    new = tl.load(clock + batch).to(tl.int32)
-    held = tl.load(clock + B + batch).to(tl.int32)
-    tokens = tl.minimum(held + 1, R)
-    latest = new % R
     group = tl.arange(0, BG)
     asks = group < GROUPS
     turned_row = group == GROUPS
@@ -203,32 +214,73 @@ def attend(
     at_q = batch * (KV * GROUPS) + h
     column_d, column_v = tl.arange(0, BD), tl.program_id(0) * BV + tl.arange(0, BV)
     inside_d, inside_v = column_d < D, column_v < V
-
+    asked = asks[:, None] & inside_d[None, :]
+    if PREFETCH:
+        prefetch(S, row, F, V)
+        if WINDOW != "none":
+            prefetch(ring_k, row, R, D)
+        if DELTA:
+            prefetch(u, row, R, V)
+        prefetch(ring_v, row, R, V)
+        prefetch(ring_phi, row, R, F)
+        if SINKS:
+            prefetch(sink_k, row, SINKS, D)
+            prefetch(sink_v, row, SINKS, V)
+    g = tl.full([BG], 1.0, tl.float32)
+    if gate is not None:
+        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
+    lam = tl.full([BG], 1.0, tl.float32)
+    if far_weight is not None:
+        lam = tl.load(far_weight + h, mask=asks, other=0.0)
+        if SHARED:
+            lam = FAR_UNIT * tl.maximum(lam, 0.0)
+    qs = tl.load(q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    new = tl.load(clock + batch).to(tl.int32)
+    held = tl.load(clock + B + batch).to(tl.int32)
+    tokens = held + 1
+    full = tokens == R
+    remaining = tl.where(full, R - FOLD, tokens)
+    latest = new % R
     # The key that has just become far, of a sliding window; its slot where there is none as yet.
     at_turned = row * R + slot_of(W, latest, R)
 
-    # What is in the state is far from all.
+    # What is in the state is far from all. The oldest tokens of a full ring enter it, in their order.
     far_o = tl.zeros([BG, BV], tl.float32)
     far_sum = tl.zeros([BG], tl.float32)
-    decay = tl.load(left_decay + row)
-    value = tl.load(left_value + row * V + column_v, mask=inside_v, other=0.0)
+    oldest = R - 1 - tl.arange(0, FOLD)
+    at_oldest = row * R + slot_of(oldest, latest, R)
+    folds = oldest <= new - SINKS
+    if DELTA:
+        decays = tl.load(log_decay + at_oldest, mask=folds, other=0.0)
+        folded = tl.sum(decays)
+        fading = tl.exp2((folded - tl.cumsum(decays)) * LOG2E)
     for first in range(0, BF, FEATURES):
         feature = first + tl.arange(0, FEATURES)
         at_S = (row * F + feature)[:, None] * V + column_v[None, :]
         inside = (feature < F)[:, None] & inside_v[None, :]
         state = tl.load(S + at_S, mask=inside, other=0.0)
-        left = tl.load(left_phi + row * F + feature, mask=feature < F, other=0.0)
-        state = state * decay + left[:, None] * value[None, :]
-        tl.store(S + at_S, state, mask=inside)
+        if full:
+            entering = folds[:, None] & inside_v[None, :]
+            at_value = at_oldest[:, None] * V + column_v[None, :]
+            if DELTA:
+                value = tl.load(u + at_value, mask=entering, other=0.0) * fading[:, None]
+                state *= tl.exp2(folded * LOG2E)
+            else:
+                value = tl.load(ring_v + at_value, mask=entering, other=0.0).to(tl.float32)
+            at_phi = at_oldest[None, :] * F + feature[:, None]
+            old_phi = tl.load(ring_phi + at_phi, mask=folds[None, :] & (feature < F)[:, None], other=0.0)
+            state = tl.dot(old_phi.to(tl.float32), value, state, input_precision=P)
+            tl.store(S + at_S, state, mask=inside)
         phi = far_rows(phi_q, at_q, asks, ring_phi, at_turned, feature, turned_row, F, DELTA)
         far_o = tl.dot(phi, state, far_o, input_precision=P)
         far_sum += tl.sum(phi * tl.load(z + row * F + feature, mask=feature < F, other=0.0)[None, :], axis=1)
     if DELTA:
         # What a key wrote has faded by all tokens since then, for the turned key up to this key.
         distance = tl.arange(0, BR)
-        all_decays = tl.load(
-            log_decay + row * R + slot_of(distance, latest, R), mask=distance < tokens, other=0.0
-        )
+        remain = distance < remaining
+        all_decays = tl.load(log_decay + row * R + slot_of(distance, latest, R), mask=remain, other=0.0)
         since_turned = tl.sum(tl.where(distance < W, all_decays, 0.0))
         before_row = tl.where(turned_row, since_turned, 0.0)
         faded = tl.exp2((tl.sum(all_decays) - before_row) * LOG2E)
@@ -248,8 +300,6 @@ def attend(
         near = new % W + W + 1
     else:
         near = tl.full([], 0, tl.int32)
-    asked = asks[:, None] & inside_d[None, :]
-    qs = tl.load(q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
     for first in range(0, tl.minimum(tl.maximum(near, TAPS), tokens), BLOCK):
         d = first + tl.arange(0, BLOCK)
         at = row * R + slot_of(d, latest, R)
@@ -281,10 +331,10 @@ def attend(
     if DELTA:
         since = since_turned
         b_turned = tl.zeros([BG], tl.float32)
-    for first in range(near, tokens, BLOCK):
+    for first in range(near, remaining, BLOCK):
         d = first + tl.arange(0, BLOCK)
         at = row * R + slot_of(d, latest, R)
-        is_far = (d < tokens) & (d <= new - SINKS)
+        is_far = (d < remaining) & (d <= new - SINKS)
         keys = tl.load(
             ring_phi + at[:, None] * F + feature[None, :], mask=is_far[:, None] & (feature < F)[None, :], other=0.0
         )
@@ -292,9 +342,9 @@ def attend(
         b = tl.where(is_far[None, :], b, 0.0)
         values = is_far[:, None] & inside_v[None, :]
         if DELTA:
-            decays = tl.load(log_decay + at, mask=is_far, other=0.0)
-            before = since + tl.cumsum(decays) - decays
-            since += tl.sum(decays)
+            far_decays = tl.load(log_decay + at, mask=is_far, other=0.0)
+            before = since + tl.cumsum(far_decays) - far_decays
+            since += tl.sum(far_decays)
             b *= tl.exp2((before[None, :] - before_row[:, None]) * LOG2E)
             b_turned += tl.sum(tl.where((d == W)[None, :], b, 0.0), axis=1)
             b = tl.where((d == W)[None, :], 0.0, b)
@@ -318,14 +368,6 @@ def attend(
         # What the rule corrects may overshoot; a denominator must not.
         far_sum = tl.maximum(far_sum + b_turned * mass_turned, 0.0)
 
-    g = tl.full([BG], 1.0, tl.float32)
-    if gate is not None:
-        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
-    lam = tl.full([BG], 1.0, tl.float32)
-    if far_weight is not None:
-        lam = tl.load(far_weight + h, mask=asks, other=0.0)
-        if SHARED:
-            lam = FAR_UNIT * tl.maximum(lam, 0.0)
     if SHARED:
         o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
     else:
@@ -334,5 +376,5 @@ def attend(
     tl.store(out + at_o, (o + conv_o).to(out.dtype.element_ty), mask=asks[:, None] & inside_v[None, :])
     if (tl.program_id(0) == 0) & (kv_h == 0):
         tl.store(length + batch, new + 1)
-        tl.store(count + batch, tokens)
+        tl.store(count + batch, remaining)
         tl.store(segment + batch, 1)
