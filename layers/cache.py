@@ -142,8 +142,8 @@ class LinearCacheLayer(CacheLayerMixin):
         self.seen += new
 
     def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
-        """`append` of one new token in every row, not after fused steps: nothing is moved but that token and the one that
-        leaves the ring."""
+        """`append` of one new token in every row, not after fused steps: nothing is moved but that token and the one
+        that leaves the ring."""
         sinks, ring_size = self.config.sinks, self.config.ring_size
         if phi_k is not None:
             oldest = slice(sinks, sinks + 1)

@@ -24,14 +24,18 @@ CONFIGS = {
 TOLERANCES = {torch.float32: 1e-5} | ({torch.bfloat16: 1e-2} if DEVICE == "cuda" else {})
 
 
+# Many rows go through other products than few, and wide heads are spread over programs.
+CASES = [*((name, 2, 2, 16) for name in CONFIGS), ("augmented", 8, 1, 16), ("augmented", 2, 1, 64)]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("name, rows, kv_heads", [*((name, 2, 2) for name in CONFIGS), ("augmented", 8, 1)])
-def test_steps(name, rows, kv_heads, dtype, without_gradients):
+@pytest.mark.parametrize("name, rows, kv_heads, dim", CASES)
+def test_steps(name, rows, kv_heads, dim, dtype, without_gradients):
     """One row from its first tokens on, the others until tokens have entered the state; some are taken back, and some
     come several at once."""
     config, tolerance = CONFIGS[name], TOLERANCES[dtype]
     generator = torch.Generator().manual_seed(0)
-    heads, dim, length, prompt = 4, 16, 50, 20
+    heads, length, prompt = 4, 50, 20
 
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE)
@@ -63,7 +67,7 @@ def test_steps(name, rows, kv_heads, dtype, without_gradients):
         run(either, 0, prompt, segments=segments)
     assert step.refuses(layer, caches[layer]) is None
     at = prompt
-    for event in [*["step"] * 14, -4, *["step"] * 8, "chunk", *["step"] * 2, -1, "step", "chunk"]:
+    for event in [*["step"] * 14, -4, *["step"] * 8, "tree", *["step"] * 2, -1, "step", "chunk"]:
         if event == "step":
             expected, actual = run(exact, at, at + 1), fused(at)
             assert (actual - expected).norm() <= tolerance * expected.norm(), at
@@ -71,6 +75,11 @@ def test_steps(name, rows, kv_heads, dtype, without_gradients):
         elif event == "chunk":
             for either in caches:
                 run(either, at, at + 3)
+            at += 3
+        elif event == "tree":
+            for either, cache in caches.items():
+                run(either, at, at + 3, ancestors=torch.ones(3, 3, dtype=torch.bool, device=DEVICE).tril())
+                cache.accept(torch.arange(3, device=DEVICE).expand(rows, -1))
             at += 3
         else:
             for cache in caches.values():

@@ -1,8 +1,9 @@
 """One decoding step of a layer in two launches: attention, what leaves the ring, what enters it.
 
 What a step reads and writes does not depend on how long the context is, and nothing of it is prepared outside the
-kernels, so a captured CUDA graph goes on with the cache at every replay. Beside the cache's own tensors a step keeps
-what it knows of the tokens in the ring (`Far`), so that of far ones neither features nor values are computed again.
+kernels, so a captured CUDA graph goes on with the cache at every replay. Beside the cache's other tensors a step keeps
+what it knows of the tokens in the ring (`cache.far`), so that of far ones neither features nor values are computed
+again.
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ...config import FAR_UNIT
-from ...tokens import PADDING, Tokens
+from ...tokens import Tokens
 from ..memory import far_values
 from .additive import DTYPES, MAPS
 from .step_kernels import attend, enter
@@ -92,51 +93,53 @@ def step(
         remember(layer, cache)
     ring, slots = cache.ring, config.ring_size + FOLD
     far = [cache.far.get(name) for name in ("phi", "u", "mass", "log_decay", "beta")]
-    q, k, v, raw_q, raw_k, sink_q = (
-        None if x is None else x.contiguous() for x in (q, k, v, raw_q, raw_k, sink_q)
-    )
+    q, k, v, raw_q, raw_k, sink_q = (None if x is None else x.contiguous() for x in (q, k, v, raw_q, raw_k, sink_q))
     out = q.new_empty(batch, heads, 1, value_dim, dtype=v.dtype)
     phi_q = state.z.new_empty(batch, heads, width)
     clock = cache.length.new_empty(2, batch)
 
-    def parameter(*path):
-        found = layer
-        for name in path:
-            found = getattr(found, name, None)
-        return found
+    def parameters(module, *names):
+        return (getattr(module, name, None) for name in names)
 
     def block(size, least=16):
         return max(least, triton.next_power_of_2(size))
 
-    columns = width // 2 if config.feature_map == "hedgehog" else width
+    delta = config.state == "delta"
+    # Kernels that overlap, and bulk prefetches, came with Hopper.
+    hopper = v.is_cuda and torch.cuda.get_device_capability(v.device) >= (9, 0)
     shape = dict(
-        KV=kv_heads, D=dim, BD=block(dim), V=value_dim, F=width, SINKS=config.sinks, FOLD=FOLD, DELTA=config.state == "delta",
-        OVERLAP=v.is_cuda, P="tf32" if v.dtype == torch.bfloat16 else "ieee",
+        KV=kv_heads, D=dim, BD=block(dim), V=value_dim, F=width, SINKS=config.sinks, FOLD=FOLD, DELTA=delta,
+        OVERLAP=hopper, P="tf32" if v.dtype == torch.bfloat16 else "ieee",
     )  # fmt: skip
+    signed = width // 2 if config.feature_map == "hedgehog" else width
     rows = 1 if batch < 8 else ROWS
     enter[heads + kv_heads, triton.cdiv(batch, rows)](
         k, v, q if raw_q is None else raw_q, k if raw_k is None else raw_k, phi_q,
-        *(parameter(*path) for path in (
-            ("phi_q", "weight"), ("phi_q", "bias"), ("phi_k", "weight"), ("phi_k", "bias"), ("lam_query",),
-            ("gates", "weight"), ("gates", "bias"),
-        )),
-        ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"), *far, state.z, clock, cache.length,
-        cache.count, scale, batch, heads, slots, BV=block(value_dim), Y=columns, MAP=config.feature_map, ROWS=rows,
-        BY=block(dim) if config.feature_map == "elu1" else block(columns), num_warps=4, **shape,
+        *parameters(layer.phi_q, "weight", "bias"), *parameters(layer.phi_k, "weight", "bias"),
+        *parameters(layer, "lam_query"), *parameters(getattr(layer, "gates", None), "weight", "bias"),
+        ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"), *far,
+        state.z, clock, cache.length, cache.count, scale, batch, heads, slots,
+        BV=block(value_dim), Y=signed, BY=block(signed), MAP=config.feature_map, ROWS=rows,
+        num_warps=4, **shape,
     )  # fmt: skip
-    columns = block(value_dim)
-    # Fewer columns per program until programs are as many as multiprocessors.
-    while columns > 16 and batch * kv_heads * value_dim < 128 * columns:
+    groups, columns, programs = heads // kv_heads, block(value_dim), batch * kv_heads
+    # As many programs as multiprocessors: each has fewer columns then, and goes through the state in fewer turns.
+    while columns > 32 and programs * value_dim < 128 * columns:
         columns //= 2
-    groups = heads // kv_heads
-    attend[triton.cdiv(value_dim, columns), batch * kv_heads](
-        q, q if sink_q is None else sink_q, phi_q, out, ring["k"], ring["v"], sinks["k"], sinks["v"], *far, state.S,
-        state.z, clock, cache.length, cache.count, cache.segment, parameter("gate"), parameter("alpha" if config.combine == "sum" else "lam"),
-        parameter("conv"), scale, batch, slots, GROUPS=groups, BG=block(groups + 1), BV=columns,
-        BF=block(width), FEATURES=min(64, block(width)), BR=block(slots), BS=block(config.sinks),
+    if columns < value_dim:
+        launch = dict(FEATURES=min(128, block(width)), BLOCK=64, num_stages=2)
+    else:
+        # Registers for three programs on a multiprocessor.
+        launch = dict(FEATURES=32, maxnreg=168) if delta else dict(FEATURES=16)
+        launch |= dict(BLOCK=32, num_stages=3)
+    attend[triton.cdiv(value_dim, columns), programs](
+        q, q if sink_q is None else sink_q, phi_q, out, ring["k"], ring["v"], sinks["k"], sinks["v"], *far,
+        state.S, state.z, clock, cache.length, cache.count, cache.segment,
+        *parameters(layer, "gate", "alpha" if config.combine == "sum" else "lam", "conv"), scale, batch, slots,
+        GROUPS=groups, BG=block(groups + delta), BV=columns, BF=block(width), BR=block(slots), BS=block(config.sinks),
         TAPS=config.conv_taps, W=config.window_size, WINDOW=config.window or "none",
-        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, BLOCK=64, num_warps=4, num_stages=2, PREFETCH=v.is_cuda and batch * kv_heads <= 32,
-        launch_pdl=v.is_cuda, **shape,
+        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, PREFETCH=hopper and programs <= 32, launch_pdl=hopper,
+        num_warps=4, **launch, **shape,
     )  # fmt: skip
     cache.seen += 1
     return out

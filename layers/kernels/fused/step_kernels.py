@@ -200,8 +200,8 @@ def attend(
     S, z, clock, length, count, segment, gate, far_weight, conv, scale, B, R,
     KV: tl.constexpr, GROUPS: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, FEATURES: tl.constexpr, BR: tl.constexpr,
-    SINKS: tl.constexpr, BS: tl.constexpr, FOLD: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr, WINDOW: tl.constexpr,
-    SHARED: tl.constexpr, FAR_UNIT: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, FOLD: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr,
+    WINDOW: tl.constexpr, SHARED: tl.constexpr, FAR_UNIT: tl.constexpr, DELTA: tl.constexpr, BLOCK: tl.constexpr,
     PREFETCH: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """A program has BV value columns of one key head of one row; it goes through FEATURES of the state at a time."""
@@ -252,10 +252,6 @@ def attend(
     oldest = R - 1 - tl.arange(0, FOLD)
     at_oldest = row * R + slot_of(oldest, latest, R)
     folds = oldest <= new - SINKS
-    if DELTA:
-        decays = tl.load(log_decay + at_oldest, mask=folds, other=0.0)
-        folded = tl.sum(decays)
-        fading = tl.exp2((folded - tl.cumsum(decays)) * LOG2E)
     for first in range(0, BF, FEATURES):
         feature = first + tl.arange(0, FEATURES)
         at_S = (row * F + feature)[:, None] * V + column_v[None, :]
@@ -265,7 +261,10 @@ def attend(
             entering = folds[:, None] & inside_v[None, :]
             at_value = at_oldest[:, None] * V + column_v[None, :]
             if DELTA:
-                value = tl.load(u + at_value, mask=entering, other=0.0) * fading[:, None]
+                decays = tl.load(log_decay + at_oldest, mask=folds, other=0.0)
+                folded = tl.sum(decays)
+                value = tl.load(u + at_value, mask=entering, other=0.0)
+                value *= tl.exp2((folded - tl.cumsum(decays)) * LOG2E)[:, None]
                 state *= tl.exp2(folded * LOG2E)
             else:
                 value = tl.load(ring_v + at_value, mask=entering, other=0.0).to(tl.float32)
@@ -305,7 +304,9 @@ def attend(
         at = row * R + slot_of(d, latest, R)
         here = d < tokens
         is_near = here & (d < near) & (d <= new - SINKS)
-        k = tl.load(ring_k + at[:, None] * D + column_d[None, :], mask=is_near[:, None] & inside_d[None, :], other=0.0)
+        k = tl.load(
+            ring_k + at[:, None] * D + column_d[None, :], mask=is_near[:, None] & inside_d[None, :], other=0.0
+        )
         v = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
         if WINDOW != "none":
             scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
@@ -317,9 +318,9 @@ def attend(
     if SINKS:
         position = tl.arange(0, BS)
         here = (position < SINKS) & (position <= new)
-        at_sink = row * SINKS + position
-        k = tl.load(sink_k + at_sink[:, None] * D + column_d[None, :], mask=here[:, None] & inside_d[None, :], other=0.0)
-        v = tl.load(sink_v + at_sink[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
+        at_sink = (row * SINKS + position)[:, None]
+        k = tl.load(sink_k + at_sink * D + column_d[None, :], mask=here[:, None] & inside_d[None, :], other=0.0)
+        v = tl.load(sink_v + at_sink * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
         qs = tl.load(sink_q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
         scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
         m, near_sum, near_o = add_near(scores, here, v, m, near_sum, near_o, P)
@@ -361,7 +362,7 @@ def attend(
         v_turned = tl.load(ring_v + at_turned * V + column_v, mask=inside_v, other=0.0).to(tl.float32)
         u_turned = strength * (v_turned - tl.sum(tl.where(turned_row[:, None], far_o, 0.0), axis=0))
         mass_turned = strength * (1.0 - tl.sum(tl.where(turned_row, far_sum, 0.0)))
-        if (W < tokens) & (new - W >= SINKS):
+        if (tokens > W) & (new - W >= SINKS):
             tl.store(u + at_turned * V + column_v, u_turned, mask=inside_v)
             tl.store(mass + at_turned, mass_turned, mask=tl.program_id(0) == 0)
         far_o += b_turned[:, None] * u_turned[None, :]
