@@ -14,7 +14,8 @@ from ...config import FAR_UNIT
 from ...tokens import Tokens
 from ..memory import far_values
 from .additive import DTYPES, MAPS
-from .step_kernels import attend, enter
+from .step_attend import attend
+from .step_enter import enter
 
 # Rows whose features a program computes, where there are many: the fewest that tensor cores take.
 ROWS = 16
