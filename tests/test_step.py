@@ -94,3 +94,33 @@ def test_steps(name, rows, kv_heads, dim, dtype, without_gradients):
     for name in ("S", "z"):
         actual, wanted = (getattr(cache.state, name) for cache in (found, expected))
         assert (actual - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "change, kept, reason",
+    [
+        ({"feature_map": None}, (), "no far branch"),
+        ({}, (0, 1), "no far branch"),
+        ({"feature_map": "relu", "feature_expansion": 1}, (), "elu1"),
+        ({"state": "decay"}, (), "delta rule"),
+        ({"window": "block"}, (), "slides"),
+        ({"combine": "sum", "norm": "rms"}, (), "rms"),
+        ({"slack": 0}, (), "slack"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(change, kept, reason, without_gradients):
+    config = replace(CONFIGS["augmented"], **change)
+    layer, cache = LinearAttention(config, 4, 2, 16, kept), LinearCacheLayer(config)
+    q, k, v = (torch.randn(1, heads, 3, 16) for heads in (4, 2, 2))
+    layer(q, k, v, scale=0.3, raw_q=q, raw_k=k, sink_q=q, cache=cache)
+    assert reason in step.refuses(layer, cache)
+
+
+def test_a_step_in_training_or_without_a_branch_is_refused():
+    config = CONFIGS["augmented"]
+    layer, cache = LinearAttention(config, 4, 2, 16), LinearCacheLayer(config)
+    q, k, v = (torch.randn(1, heads, 3, 16) for heads in (4, 2, 2))
+    layer(q, k, v, scale=0.3, raw_q=q, raw_k=k, sink_q=q, cache=cache)
+    assert "gradients" in step.refuses(layer, cache)
+    layer.branches = frozenset({"local", "conv"})
+    assert "branch" in step.refuses(layer, cache)

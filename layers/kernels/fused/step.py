@@ -27,6 +27,8 @@ FOLD = 16
 def refuses(layer, cache) -> str | None:
     """Why a step of `layer` on `cache` cannot be done here, or None."""
     config = layer.config
+    if not layer.features:
+        return "there is no far branch"
     if config.feature_map not in MAPS or config.state == "decay":
         return f"only additive states and the delta rule, of {', '.join(MAPS)}"
     if config.state == "delta" and config.window != "sliding":
@@ -42,8 +44,9 @@ def refuses(layer, cache) -> str | None:
     v = cache.ring["v"]
     if v.dtype not in DTYPES or cache.state.S.dtype != torch.float32:
         return f"they do not compute in {v.dtype}"
-    if max(cache.ring["k"].shape[3], v.shape[3], layer.features) > 256:
-        return "heads or features are larger than 256, which is what fits shared memory"
+    largest = 128 if v.dtype == torch.float32 else 256
+    if max(cache.ring["k"].shape[3], v.shape[3]) > 128 or layer.features > largest:
+        return f"heads are larger than 128 or features than {largest}, which is what fits shared memory in {v.dtype}"
     return None
 
 

@@ -176,9 +176,7 @@ def attend(
         at = row * R + slot_of(d, latest, R)
         here = d < tokens
         is_near = here & (d < near) & (d <= new - SINKS)
-        k = tl.load(
-            ring_k + at[:, None] * D + column_d[None, :], mask=is_near[:, None] & inside_d[None, :], other=0.0
-        )
+        k = tl.load(ring_k + at[:, None] * D + column_d[None, :], mask=is_near[:, None] & inside_d[None, :], other=0.0)
         v = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
         if WINDOW != "none":
             scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
