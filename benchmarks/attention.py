@@ -87,8 +87,8 @@ def inputs(length: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
     ]
 
 
-def milliseconds(call) -> float:
-    """Median over replays of a CUDA graph, with everything out of the L2 cache before each."""
+def milliseconds(call, mode: str = "median") -> float:
+    """Median (or mean) over replays of a CUDA graph, with everything out of the L2 cache before each."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -97,7 +97,7 @@ def milliseconds(call) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             call()
-    return triton.testing.do_bench(graph.replay, warmup=30, rep=150, return_mode="median")
+    return triton.testing.do_bench(graph.replay, warmup=30, rep=150, return_mode=mode)
 
 
 def peak_bytes(call) -> int:

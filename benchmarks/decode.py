@@ -1,12 +1,12 @@
 """One decoding step of one layer, by batch and context: linear beside softmax, and beside fla's recurrent step.
 
-    python benchmarks/decode.py --out DIRECTORY [--presets augmented-icml lolcats augmented] [--backends triton auto]
+    python benchmarks/decode.py --out DIRECTORY [--presets augmented-icml lolcats augmented] [--backends auto]
         [--batches 1 16 128] [--contexts 256 2048 8192 32768] [--heads 32] [--kv-heads 8]
 
 Microseconds, medians of CUDA graph replays, bfloat16, heads of 128. Softmax is SDPA's fastest of cuDNN and flash over a
-cache of `context` tokens; linear steps know no context, so they are measured once per batch, with the ring full. The
-floor is the bytes of ring and state, read, at the bandwidth of a copy measured here. Writes `decode.json`, `.md`, and
-`.png`.
+cache of `context` tokens. Linear steps know no context, so they are measured once per batch, with the ring full: means
+over replays, as every 16th step writes the state, of all rows at once here. The floor is the bytes of ring and state,
+read, at the bandwidth of a copy measured here. Writes `decode.json`, `.md`, and `.png`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def new_tokens(batch: int, heads: int, kv_heads: int, length: int = 1) -> list[t
 
 
 def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int) -> tuple[float, int]:
-    """Microseconds, and bytes of the cache."""
+    """Microseconds, and bytes of ring and state."""
     layer = layer_of(preset, heads, kv_heads)
     config, cache = layer.config, LinearCacheLayer(layer.config)
 
@@ -39,9 +39,10 @@ def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int) -> 
 
     layer.backend = "auto"
     call(*new_tokens(batch, heads, kv_heads, 2 * config.ring_size))
+    size = cache.nbytes
     layer.backend = backend
     token = new_tokens(batch, heads, kv_heads)
-    return milliseconds(lambda: call(*token)) * 1e3, cache.nbytes
+    return milliseconds(lambda: call(*token), "mean") * 1e3, size
 
 
 def softmax(batch: int, context: int, heads: int, kv_heads: int) -> float:
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["augmented-icml", "lolcats", "augmented"])
-    parser.add_argument("--backends", nargs="+", default=["triton", "auto"])
+    parser.add_argument("--backends", nargs="+", default=["auto"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2048, 8192, 32768])
     parser.add_argument("--heads", type=int, default=32)

@@ -4,16 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from .cache import LinearCacheLayer
-from .config import LinearAttentionConfig
+from .config import FAR_UNIT, LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
 from .kernels import Features, Problem, Weights, augmented_attention, fused_step
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
-
-# What a far weight grows by when its parameter grows by 1. Far keys may weigh several times the nearest one, and
-# transfer has but some hundred steps of 1e-2 to find that out.
-FAR_UNIT = 10.0
 
 BRANCHES = frozenset({"local", "linear", "conv"})
 
@@ -184,9 +180,9 @@ class LinearAttention(nn.Module):
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         steps = cache is not None and cache.seen and k.shape[2] == 1 and segments is None and ancestors is None
-        # By name only, as it has not run on a GPU yet.
-        if steps and self.backend == "triton" and v.is_cuda and fused_step and not fused_step.refuses(self, cache):
-            return fused_step.step(self, cache, q, k, v, scale)
+        fused = fused_step is not None and v.is_cuda and self.backend in ("auto", "triton")
+        if steps and fused and not fused_step.refuses(self, cache):
+            return fused_step.step(self, cache, q, k, v, raw_q, raw_k, sink_q, scale)
         q_features = k_features = gates = None
         if cache is None:
             tokens, state = self._locate(k, segments, None), None
@@ -238,7 +234,7 @@ class LinearAttention(nn.Module):
             phi_k = None if k_features is None else k_features.phi
             if ancestors is not None:
                 cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
-            elif steps and self.config.ring_size:
+            elif steps and self.config.ring_size and cache.far is None:
                 cache.step(keys, phi_k, gates, tokens)
             else:
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)

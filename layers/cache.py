@@ -18,13 +18,16 @@ from .tokens import PADDING, Tokens
 
 
 class LinearCacheLayer(CacheLayerMixin):
-    """The memory of one layer. B rows, R = `config.ring_size` ring slots, s sinks.
+    """The memory of one layer. B rows, R ring slots, s sinks.
 
     Attributes:
         ring: name -> [B, H_kv, R, ..] of `k` (after the rotary embedding), `raw` (before it, where it differs) and
-            `v`; position p of a row is in slot p modulo R, its latest `count` positions are held.
+            `v`; position p of a row is in slot p modulo R, its latest `count` positions are held. R is
+            `config.ring_size`, while fused steps go on some more.
         sinks: the same names, [B, H_kv, s, ..]: the first s positions, which `recall` takes once they left the ring.
         state: sums over all other tokens that have left the ring, or None without far branch.
+        far: what fused steps know of the ring's tokens (`kernels.fused.step.remember`), or None where something else
+            has changed the cache since then.
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
@@ -44,6 +47,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.ring: dict[str, Tensor] = {}
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
+        self.far: dict[str, Tensor] | None = None
         self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens, int] | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
@@ -78,13 +82,14 @@ class LinearCacheLayer(CacheLayerMixin):
         token, so that a prompt is a whole sequence to the kernels."""
         if self.seen == 0:
             return new, Tokens(self.length.new_zeros(len(self.length), 0), self.length.new_zeros(len(self.length), 0))
-        index = torch.arange(self.config.ring_size, device=self.length.device)
+        slots = self.ring["v"].shape[2]
+        index = torch.arange(slots, device=self.length.device)
         start = (self.length - self.count)[:, None]
         position = start + index
         sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
         held = torch.cat([sink < start, index < self.count[:, None]], dim=1)
         tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
-        slot = position % max(self.config.ring_size, 1)
+        slot = position % max(slots, 1)
         return {
             name: torch.cat([self.sinks[name], _pick(self.ring[name], slot), x], dim=2) for name, x in new.items()
         }, tokens
@@ -117,8 +122,10 @@ class LinearCacheLayer(CacheLayerMixin):
         leaves = belongs & (position < start)
         is_sink = position < sinks
         if phi_k is not None:
-            # The oldest leave, as many as are new at most; they are in the ring unless the new ones overrun it.
-            part = slice(sinks, sinks + new) if remembered and new <= ring_size else slice(None)
+            # The oldest leave, as many as are new at most and those that fused steps have left in more slots; they are
+            # in the ring unless the new ones overrun it.
+            leaving = new + self.ring["v"].shape[2] - ring_size
+            part = slice(sinks, sinks + leaving) if remembered and new <= ring_size else slice(None)
             keep = continues[:, None, None]
             self.state = State(self.state.S * keep[..., None], self.state.z * keep)
             self._fold(keys, phi_k, gates, tokens, leaves[:, part], part)
@@ -131,10 +138,12 @@ class LinearCacheLayer(CacheLayerMixin):
             last = torch.where(segments > 0, index, -1).amax(1)
             latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
             self.segment = torch.where(last >= 0, latest, self.segment)
+        self.far = None
         self.seen += new
 
     def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
-        """`append` of one new token in every row: nothing is moved but that token and the one that leaves the ring."""
+        """`append` of one new token in every row, not after fused steps: nothing is moved but that token and the one
+        that leaves the ring."""
         sinks, ring_size = self.config.sinks, self.config.ring_size
         if phi_k is not None:
             oldest = slice(sinks, sinks + 1)
@@ -145,7 +154,9 @@ class LinearCacheLayer(CacheLayerMixin):
             self.ring[name] = _write(self.ring[name], slot, x[:, :, -1:])
             if sinks:
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
-        self.advance()
+        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
+        self.segment = torch.ones_like(self.segment)
+        self.seen += 1
 
     def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:
         """Those of `part` of the keys that leave [B, part] enter the state."""
@@ -157,12 +168,6 @@ class LinearCacheLayer(CacheLayerMixin):
             Tokens(torch.where(leaves, 0, PADDING), tokens.position[:, part]),
             self.config,
         )
-
-    def advance(self) -> None:
-        """Count one more token in every row."""
-        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=self.config.ring_size)
-        self.segment = torch.ones_like(self.segment)
-        self.seen += 1
 
     def accept(self, path: Tensor) -> None:
         """Commit nodes of the tree that the last forward verified.
@@ -232,6 +237,8 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks = {name: function(x) for name, x in self.sinks.items()}
         if self.state is not None:
             self.state = State(function(self.state.S), function(self.state.z))
+        if self.far is not None:
+            self.far = {name: function(x) for name, x in self.far.items()}
         self.memory.map_rows(function)
         self.length, self.count, self.segment = function(self.length), function(self.count), function(self.segment)
 
@@ -246,7 +253,7 @@ class LinearCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.ring.values(), *self.sinks.values()]
+        tensors = [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values()]
         if self.state is not None:
             tensors += [self.state.S, self.state.z]
         return sum(x.nbytes for x in tensors) + self.memory.nbytes

@@ -7,6 +7,10 @@ FeatureMapName = Literal[
     "identity", "l2", "linear", "relu", "elu1", "exp", "hedgehog", "t2r", "favor", "rfa", "cosine", "taylor", "dpfp"
 ]
 
+# What a far weight grows by when its parameter grows by 1. Far keys may weigh several times the nearest one, and
+# transfer has but some hundred steps of 1e-2 to find that out.
+FAR_UNIT = 10.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig:
