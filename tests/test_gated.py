@@ -11,7 +11,9 @@ from linearize.layers import kernels
 from linearize.layers.attention import LinearAttention
 from linearize.layers.cache import LinearCacheLayer
 from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.kernels import State
 from linearize.layers.kernels.fused import gated
+from linearize.layers.tokens import PADDING, Tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AUGMENTED = replace(PRESETS["augmented"], sink_distance=30)
@@ -132,6 +134,28 @@ def test_prompts_in_parts(name, without_gradients):
     close(out, expected[:, :, 220:], TOLERANCE[torch.float32], "out")
 
 
+@pytest.mark.parametrize("name", ["augmented", "decay", "additive"])
+def test_the_state_after_many_keys(name, without_gradients):
+    """Of rows that go on from a state, one with sinks in hand, one that ends early."""
+    config = CONFIGS[name]
+    layer, inputs = make(replace(config, feature_expansion=1, feature_dim=24), kv_heads=2, batch=2)
+    _, _, v, _, raw_k, _ = (x.double() for x in inputs)
+    layer = layer.double()
+    phi_k = torch.nn.functional.normalize(layer.phi_k(raw_k), dim=-1)
+    gates = layer.gates(raw_k) if config.state != "additive" else None
+    position = torch.arange(200, device=DEVICE).repeat(2, 1)
+    position[:, 4:] += 700
+    document = torch.zeros_like(position)
+    document[1, 120:] = PADDING
+    S = torch.rand(2, 2, 24, 16, dtype=torch.float64, device=DEVICE)
+    state, tokens = State(S, S.sum(-1)), Tokens(document, position)
+    expected = kernels.fold(phi_k, v, gates, state, tokens, config)
+    single = None if gates is None else gates.map(lambda x: x.float())
+    actual = gated.end_state(phi_k.float(), v.float(), single, State(S.float(), S.sum(-1).float()), tokens, config)
+    close(actual.S, expected.S, TOLERANCE[torch.float32], "S")
+    close(actual.z, expected.z, TOLERANCE[torch.float32], "z")
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="minutes in the interpreter")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
@@ -145,7 +169,7 @@ def test_sizes(heads, kv_heads, dim, dtype):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"feature_map": "exp", "feature_expansion": 1}, "hedgehog features"),
+        ({"feature_map": "linear"}, "features are not of hedgehog"),
         ({"window_size": 48}, "64 tokens"),
         ({"sinks": 20}, "more than 16 sinks"),
         ({"conv_taps": 64}, "convolution"),

@@ -18,11 +18,11 @@ from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
 
-FUSED, fused_step = (), None
+FUSED, fused_step, gated, features = (), None, None, None
 # An exported model's copy takes backends from the package where that is installed, and of the same version.
 if __name__ == "linearize.layers.kernels":
     try:
-        from linearize.layers.kernels.fused import additive, gated
+        from linearize.layers.kernels.fused import additive, features, gated
         from linearize.layers.kernels.fused import step as fused_step
 
         FUSED = additive, gated
@@ -47,6 +47,8 @@ class Features:
     @cached_property
     def phi(self) -> Tensor:
         """[B, H, T, F]."""
+        if features is not None and features.fuses(self.x, self.map):
+            return features.hedgehog(self.x, self.map.weight, self.factor, self.unit)
         phi = self.map(self.x)
         if self.unit:
             phi = nn.functional.normalize(phi, dim=-1)
@@ -184,9 +186,12 @@ def fold(
         phi_k: [B, H_kv, K, F]; v: [B, H_kv, K, D_v]; gates: of the keys.
         tokens: of the keys, all of document 0 or else padding, which does not enter; neither do sinks.
     """
+    many = v.shape[2] > chunk_size(config)
+    if many and gated is not None and gated.folds(phi_k, v, config):
+        return gated.end_state(phi_k, v, gates, state, tokens, config)
     dtype = state.S.dtype
     phi_k, v = phi_k.to(dtype), v.to(dtype)
-    if v.shape[2] > chunk_size(config):
+    if many:
         return fold_sequence(phi_k, v, gates, state, tokens, config)
     enters = tokens.valid & (tokens.position >= config.sinks)
     gates = enter(gates, tokens, config)

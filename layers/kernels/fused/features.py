@@ -1,13 +1,13 @@
-"""Hedgehog features in one pass: softmax(xW) ++ softmax(-xW), at unit length where asked for, times a factor per row.
-
-Written once, as wide as the next power of 2 with zeros at the end; backward computes them again from x.
-"""
+"""Hedgehog features in one pass: softmax(xW) ++ softmax(-xW), at unit length where asked for, times a factor per row;
+backward computes them again from x."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ...feature_maps import Hedgehog
 
 ROWS = 32
 
@@ -46,7 +46,7 @@ def _halves(
 @triton.jit(do_not_specialize=["T", "H"])
 def _forward(
     x, W, factor, phi, x_b, x_h, x_t, H, T,
-    D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -54,7 +54,7 @@ def _forward(
     if FACTOR:
         scale *= tl.load(factor + row * T + token, mask=token < T, other=0.0).to(tl.float32)
     y = tl.arange(0, BY)[None, :]
-    at = phi + (row * T + token)[:, None] * BF + y
+    at = phi + (row * T + token)[:, None] * (2 * Y) + y
     inside = (token < T)[:, None] & (y < Y)
     tl.store(at, up * scale[:, None], mask=inside)
     tl.store(at + Y, down * scale[:, None], mask=inside)
@@ -63,14 +63,14 @@ def _forward(
 @triton.jit(do_not_specialize=["T", "H"])
 def _backward(
     x, W, factor, dphi, dx, dy, dfactor, x_b, x_h, x_t, H, T,
-    D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, BF: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr,
     FACTOR: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     token, weight, up, down, scale = _halves(x, W, row // H, row % H, x_b, x_h, x_t, T, D, BD, Y, BY, UNIT, ROWS, P)
     y = tl.arange(0, BY)[None, :]
     held = (token < T)[:, None]
-    at = dphi + (row * T + token)[:, None] * BF + y
+    at = dphi + (row * T + token)[:, None] * (2 * Y) + y
     d_up = tl.load(at, mask=held & (y < Y), other=0.0).to(tl.float32)
     d_down = tl.load(at + Y, mask=held & (y < Y), other=0.0).to(tl.float32)
     along = (tl.sum(d_up * up, axis=1) + tl.sum(d_down * down, axis=1)) * scale
@@ -98,14 +98,13 @@ class _Hedgehog(torch.autograd.Function):
         factor = None if factor is None else factor.contiguous()
         batch, heads, tokens, dim = x.shape
         columns = W.shape[-1]
-        features = max(32, triton.next_power_of_2(2 * columns))
         constants = dict(
             D=dim, BD=max(16, triton.next_power_of_2(dim)), Y=columns, BY=max(16, triton.next_power_of_2(columns)),
-            BF=features, UNIT=unit, FACTOR=factor is not None, ROWS=ROWS,
+            UNIT=unit, FACTOR=factor is not None, ROWS=ROWS,
             P="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
         grid = batch * heads, triton.cdiv(tokens, ROWS)
-        phi = (x.new_empty if features == 2 * columns else x.new_zeros)(batch, heads, tokens, features)
+        phi = x.new_empty(batch, heads, tokens, 2 * columns)
         _forward[grid](x, weight, factor, phi, *x.stride()[:3], heads, tokens, **constants)
         ctx.save_for_backward(x, weight, factor)
         ctx.launch = grid, constants
@@ -125,7 +124,17 @@ class _Hedgehog(torch.autograd.Function):
         return dx, (x.mT @ dy).sum(0).float(), dfactor, None
 
 
+def _computed_in(x: Tensor) -> torch.dtype:
+    """As a product in torch would be."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fuses(x: Tensor, map: nn.Module) -> bool:
+    """Whether `hedgehog` is `map`, and faster."""
+    return x.is_cuda and isinstance(map, Hedgehog) and _computed_in(x) == torch.bfloat16 and map.dim <= 512
+
+
 def hedgehog(x: Tensor, W: Tensor, factor: Tensor | None, unit: bool) -> Tensor:
-    """phi [B, H, T, BF] in the dtype of x [B, H, T, D], by W [H, D, F / 2]; BF >= F is a power of 2. `factor` is
-    [B, H, T, 1]."""
-    return _Hedgehog.apply(x, W, factor, unit)
+    """phi [B, H, T, F] of x [B, H, T, D], by W [H, D, F / 2] and a factor [B, H, T, 1]."""
+    return _Hedgehog.apply(x.to(_computed_in(x)), W, factor, unit)

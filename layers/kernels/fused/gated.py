@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..chunked import chunk_size
-from .features import hedgehog
+from ..chunked import Layout, chunk_size
 from .gated_attend import backward_conv, backward_far, backward_keys, backward_queries, backward_states, forward
 from .gated_state import prepare, prepare_back, walk, walk_back
 from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, results, room, rows_last, strides
@@ -31,14 +30,16 @@ LAUNCH = {
     "prepare_back": dict(num_warps=4, num_stages=1),
 }
 SINK_ROWS = 16
+# Maps whose features are never negative, so that no denominator is.
+POSITIVE = ("hedgehog", "elu1", "relu", "exp", "t2r")
 
 
 def refuses(problem) -> str | None:
     """Why these kernels cannot do `problem`, or None."""
     config, k, v = problem.config, problem.k, problem.v
     size = chunk_size(config)
-    if config.feature_map != "hedgehog" or config.combine != "shared":
-        return "they know hedgehog features under one denominator"
+    if config.feature_map not in POSITIVE or config.combine != "shared":
+        return f"features are not of {', '.join(POSITIVE)}, or not under one denominator"
     if config.window is None or config.window_size != 64 or size != 64:
         return "windows are not of 64 tokens"
     if config.sinks > SINK_ROWS or config.conv_taps > size - config.sinks:
@@ -60,19 +61,47 @@ def refuses(problem) -> str | None:
 def attention(problem) -> Tensor:
     """[B, H, T, D_v] in the dtype of v, differentiable; of a problem that `refuses` has nothing against."""
     dtype, config = problem.v.dtype, problem.config
-    phi_q, phi_k = (
-        hedgehog(x.x.to(dtype), x.map.weight, x.factor, x.unit) for x in (problem.q_features, problem.k_features)
-    )
-    gates, shape = problem.gates, Shape.of(problem)
-    if gates is None:
-        log_decay, beta = torch.zeros(phi_k.shape[:3], device=phi_k.device), None
-    else:
-        log_decay, beta = gates.log_decay, gates.beta
+    phi_q, phi_k = (_wide(x.to(dtype)) for x in (problem.phi_q, problem.phi_k))
     sink_q = problem.sink_q if config.sinks else None
     return _Attention.apply(
         problem.q.to(dtype), problem.k.to(dtype), problem.v, None if sink_q is None else sink_q.to(dtype), phi_q, phi_k,
-        log_decay, beta, problem.weights.near, problem.weights.far, problem.weights.conv, problem.state, shape,
+        *_gates(problem.gates, phi_k), problem.weights.near, problem.weights.far, problem.weights.conv, problem.state,
+        Shape.of(problem),
     )  # fmt: skip
+
+
+def folds(phi_k: Tensor, v: Tensor, config) -> bool:
+    """Whether `end_state` can do this."""
+    return (
+        v.is_cuda and v.dtype in DTYPES and chunk_size(config) == 64 and v.shape[-1] % 16 == 0 and v.shape[-1] <= 128
+        and phi_k.shape[-1] <= (256 if v.dtype == torch.bfloat16 else 128) and not torch.is_grad_enabled()
+    )  # fmt: skip
+
+
+def end_state(phi_k: Tensor, v: Tensor, gates, state, tokens, config):
+    """`kernels.fold` of many keys."""
+    layout = Layout(tokens, chunk_size(config), config.sinks)
+    batch, kv_heads, length, features = phi_k.shape
+    shape = Shape(config, v.device, batch, kv_heads, kv_heads, 0, features, length, 0, 1.0, layout.chunks,
+                  *layout.gathered)  # fmt: skip
+    v, phi_k = rows_last(v), rows_last(_wide(phi_k.to(v.dtype)))
+    constants = _constants(shape, v.shape[-1], phi_k.shape[-1], v.dtype)
+    log_decay, beta = (None if x is None else x.float().contiguous() for x in _gates(gates, phi_k))
+    S, z = _States.of(phi_k, v, log_decay, beta, state, shape, constants, each=False, stores=False).end
+    S, z = (x.unflatten(0, (batch, kv_heads)) for x in (S, z))
+    return type(state)(S[:, :, :features, : v.shape[-1]].contiguous(), z[:, :, :features].contiguous())
+
+
+def _wide(phi: Tensor) -> Tensor:
+    """As many features as the next power of 2, with zeros."""
+    more = max(16, triton.next_power_of_2(phi.shape[-1])) - phi.shape[-1]
+    return torch.nn.functional.pad(phi, (0, more)) if more else phi
+
+
+def _gates(gates, phi_k: Tensor) -> tuple[Tensor, Tensor | None]:
+    if gates is None:
+        return torch.zeros(phi_k.shape[:3], device=phi_k.device), None
+    return gates.log_decay, gates.beta
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
