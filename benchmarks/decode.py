@@ -1,7 +1,8 @@
-"""One decoding step of one layer, by batch and context: linear beside softmax, and beside fla's recurrent step.
+"""One decoding step of one layer, by batch and context: linear beside softmax, and beside fla's recurrent step; and
+the verification of a draft tree, in which every node has two children.
 
     python benchmarks/decode.py --out DIRECTORY [--presets augmented-icml lolcats augmented] [--backends auto]
-        [--batches 1 16 128] [--contexts 256 2048 8192 32768] [--heads 32] [--kv-heads 8]
+        [--batches 1 16 128] [--contexts 256 2048 8192 32768] [--heads 32] [--kv-heads 8] [--tree 64]
 
 Microseconds, medians of CUDA graph replays, bfloat16, heads of 128. Softmax is SDPA's fastest of cuDNN and flash over a
 cache of `context` tokens. Linear steps know no context, so they are measured once per batch, with the ring full: means
@@ -27,22 +28,32 @@ def new_tokens(batch: int, heads: int, kv_heads: int, length: int = 1) -> list[t
     ]
 
 
-def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int) -> tuple[float, int]:
-    """Microseconds, and bytes of ring and state."""
+def ancestors_of(nodes: int) -> torch.Tensor:
+    """[n, n] bool of a binary tree, level by level."""
+    order = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, nodes):
+        order[node] |= order[(node - 1) // 2]
+    return order.cuda()
+
+
+def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int, nodes: int) -> tuple[float, float, int]:
+    """Microseconds of a step and of a tree, and bytes of ring and state."""
     layer = layer_of(preset, heads, kv_heads)
     config, cache = layer.config, LinearCacheLayer(layer.config)
 
-    def call(q, k, v):
+    def call(q, k, v, ancestors=None):
         raw = {} if config.rope == "after" else {"raw_q": q, "raw_k": k}
         sink = {"sink_q": q} if config.sink_distance is not None else {}
-        return layer(q, k, v, scale=DIM**-0.5, cache=cache, **raw, **sink)
+        return layer(q, k, v, scale=DIM**-0.5, cache=cache, ancestors=ancestors, **raw, **sink)
 
     layer.backend = "auto"
     call(*new_tokens(batch, heads, kv_heads, 2 * config.ring_size))
     size = cache.nbytes
     layer.backend = backend
-    token = new_tokens(batch, heads, kv_heads)
-    return milliseconds(lambda: call(*token), "mean") * 1e3, size
+    token, tree = (new_tokens(batch, heads, kv_heads, length) for length in (1, nodes))
+    ancestors = ancestors_of(nodes)
+    step = milliseconds(lambda: call(*token), "mean")
+    return step * 1e3, milliseconds(lambda: call(*tree, ancestors)) * 1e3, size
 
 
 def softmax(batch: int, context: int, heads: int, kv_heads: int) -> float:
@@ -85,6 +96,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2048, 8192, 32768])
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--tree", type=int, default=64)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
@@ -95,8 +107,9 @@ def main() -> None:
         for preset in arguments.presets:
             for backend in arguments.backends:
                 try:
-                    taken, size = linear(preset, backend, batch, *heads)
-                    rows[f"{preset}, {backend}"] = dict.fromkeys(arguments.contexts, taken)
+                    step, tree, size = linear(preset, backend, batch, *heads, arguments.tree)
+                    rows[f"{preset}, {backend}"] = dict.fromkeys(arguments.contexts, step)
+                    rows[f"{preset}, {backend}, tree of {arguments.tree}"] = dict.fromkeys(arguments.contexts, tree)
                     rows[f"{preset}, floor"] = dict.fromkeys(arguments.contexts, size / speed * 1e6)
                 except (ValueError, RuntimeError) as error:
                     print(f"{preset}, {backend}: {str(error).splitlines()[0][:160]}", flush=True)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from .cache import LinearCacheLayer
+from .cache import Draft, LinearCacheLayer
 from .config import FAR_UNIT, LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
-from .kernels import Features, Problem, Weights, augmented_attention, fused_step
+from .kernels import Features, Gates, Problem, Weights, augmented_attention, fused_step
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
 
@@ -179,11 +179,17 @@ class LinearAttention(nn.Module):
     def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
-        steps = cache is not None and cache.seen and k.shape[2] == 1 and segments is None and ancestors is None
+        continues = cache is not None and cache.seen and segments is None
+        steps = continues and k.shape[2] == 1 and ancestors is None
+        tree = continues and ancestors is not None
         fused = fused_step is not None and v.is_cuda and self.backend in ("auto", "triton")
-        if steps and fused and not fused_step.refuses(self, cache):
-            return fused_step.step(self, cache, q, k, v, raw_q, raw_k, sink_q, scale)
-        q_features = k_features = gates = None
+        if fused and (steps or tree) and not fused_step.refuses(self, cache, k.shape[2]):
+            if steps:
+                return fused_step.step(self, cache, q, k, v, raw_q, raw_k, sink_q, scale)
+            out, far = fused_step.verify(self, cache, q, k, v, raw_q, raw_k, sink_q, scale, ancestors)
+            cache.draft = Draft(keys, self._far_keys, far)
+            return out
+        new, q_features = keys, None
         if cache is None:
             tokens, state = self._locate(k, segments, None), None
         else:
@@ -199,17 +205,12 @@ class LinearAttention(nn.Module):
                     torch.cat([past.document, tokens.document], dim=1),
                     torch.cat([past.position, tokens.position], dim=1),
                 )
+        k_features, gates = self._far_keys(keys)
         if self.features:
-            content = keys.get("raw", keys["k"])
-            if self.config.state != "additive":
-                gates = self.gates(content)
             query, factor = q if raw_q is None else raw_q, None
             if hasattr(self, "lam_query"):
                 factor = (scale * query @ self.lam_query.to(query.dtype)).exp()
-            # Unit keys: what is written under a key by the delta rule is read back under it.
-            unit = self.config.state == "delta"
-            q_features = Features(query, self.phi_q, unit, factor)
-            k_features = Features(content, self.phi_k, unit)
+            q_features = Features(query, self.phi_q, self.config.state == "delta", factor)
 
         # Without linear heads there is only the cache to move on.
         out = q if not self.heads else augmented_attention(
@@ -230,15 +231,24 @@ class LinearAttention(nn.Module):
             ),
             self.backend,
         )
-        if cache is not None:
+        if ancestors is not None:
+            cache.draft = Draft(new, self._far_keys)
+        elif cache is not None:
             phi_k = None if k_features is None else k_features.phi
-            if ancestors is not None:
-                cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
-            elif steps and self.config.ring_size and cache.far is None:
+            if steps and self.config.ring_size and cache.far is None:
                 cache.step(keys, phi_k, gates, tokens)
             else:
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
         return out
+
+    def _far_keys(self, keys: dict[str, Tensor]) -> tuple[Features | None, Gates | None]:
+        """What the far branch sees of keys."""
+        if not self.features:
+            return None, None
+        content = keys.get("raw", keys["k"])
+        # Unit keys: what is written under a key by the delta rule is read back under it.
+        features = Features(content, self.phi_k, self.config.state == "delta")
+        return features, None if self.config.state == "additive" else self.gates(content)
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
         batch, _, length, _ = k.shape

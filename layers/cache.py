@@ -6,15 +6,31 @@ draft trees, and `crop` moves a cursor.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .config import LinearAttentionConfig
-from .kernels import Gates, State, fold
+from .kernels import Features, Gates, State, fold, fused_step
 from .softmax import SoftmaxMemory
 from .tokens import PADDING, Tokens
+
+
+@dataclass
+class Draft:
+    """A tree that was verified.
+
+    Attributes:
+        keys: k, v and `raw` [B, H_kv, T, ..] of its nodes, by name.
+        describe: gives features and gates of any such keys.
+        far: of its nodes, what the cache's `far` is to have of them; None where fused kernels have not verified it.
+    """
+
+    keys: dict[str, Tensor]
+    describe: Callable[[dict[str, Tensor]], tuple[Features | None, Gates | None]]
+    far: dict[str, Tensor] | None = None
 
 
 class LinearCacheLayer(CacheLayerMixin):
@@ -48,7 +64,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
         self.far: dict[str, Tensor] | None = None
-        self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens, int] | None = None
+        self.draft: Draft | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
 
@@ -175,28 +191,19 @@ class LinearCacheLayer(CacheLayerMixin):
         Args:
             path: [B, n] node indices from the root on; -1 fills rows that accept fewer.
         """
-        keys, phi_k, gates, tokens, nodes = self.draft
-        self.draft = None
+        draft, self.draft = self.draft, None
         self.memory.accept(path, self.length)
-        remembered = tokens.document.shape[1] - nodes
-
-        def pick(x):
-            return torch.cat([x[:, :, :remembered], _pick(x, remembered + path.clamp(min=0))], dim=2)
-
-        def pick_gate(x):
-            return pick(x.unsqueeze(-1)).squeeze(-1)
-
-        accepted = torch.where(path >= 0, 0, PADDING)
+        if draft.far is not None and self.far is not None and path.shape[1] <= fused_step.FOLD:
+            fused_step.accept(self, draft.keys, draft.far, path)
+            return
+        keys, past = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()})
         depth = torch.arange(path.shape[1], device=path.device)
         tokens = Tokens(
-            torch.cat([tokens.document[:, :remembered], accepted], dim=1),
-            torch.cat([tokens.position[:, :remembered], self.length[:, None] + depth], dim=1),
+            torch.cat([past.document, torch.where(path >= 0, 0, PADDING)], dim=1),
+            torch.cat([past.position, self.length[:, None] + depth], dim=1),
         )
-        keys = {name: pick(x) for name, x in keys.items()}
-        if phi_k is not None:
-            phi_k = pick(phi_k)
-        if gates is not None:
-            gates = gates.map(pick_gate)
+        features, gates = draft.describe(keys)
+        phi_k = None if features is None else features.phi
         self.append(keys, phi_k, gates, tokens, path.shape[1], None)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -1,4 +1,5 @@
-"""One decoding step of a layer in two launches: attention, what leaves the ring, what enters it.
+"""One decoding step of a layer in two launches: attention, what leaves the ring, what enters it. Or a draft tree's
+verification, in two launches as well, after which the ring is as it was.
 
 What a step reads and writes does not depend on how long the context is, and nothing of it is prepared outside the
 kernels, so a captured CUDA graph goes on with the cache at every replay. Beside the cache's other tensors a step keeps
@@ -13,7 +14,9 @@ from torch import Tensor
 from ...config import FAR_UNIT
 from ...tokens import Tokens
 from ..memory import far_values
+from . import tree_accept, tree_attend, tree_enter
 from .additive import DTYPES, MAPS
+from .shape import strides
 from .step_attend import attend
 from .step_enter import enter
 
@@ -22,10 +25,13 @@ ROWS = 16
 # Tokens that enter the state at once. While steps are done here the ring has so many slots more than without; a state
 # is then written at every 16th step only, which is a third of all bytes saved.
 FOLD = 16
+# What kernels take of `cache.far`, and of the layer's scalars.
+FAR = "phi", "u", "mass", "log_decay", "beta"
+SCALARS = {"shared": ("gate", "lam", "conv"), "sum": ("gate", "alpha", "conv")}
 
 
-def refuses(layer, cache) -> str | None:
-    """Why a step of `layer` on `cache` cannot be done here, or None."""
+def refuses(layer, cache, nodes: int = 1) -> str | None:
+    """Why a step of `layer` on `cache`, or a tree of so many nodes, cannot be done here, or None."""
     config = layer.config
     if not layer.features:
         return "there is no far branch"
@@ -35,6 +41,8 @@ def refuses(layer, cache) -> str | None:
         return "by the delta rule one key becomes far per step, which is so where the window slides"
     if config.combine == "sum" and config.norm != "sum":
         return f"norm {config.norm} is not sum"
+    if config.state == "delta" and nodes > config.window_size:
+        return "paths of a tree of more nodes than the window is long may be longer, too"
     if not config.slack:
         return "the token that leaves the ring may be near, as there is no slack"
     if not layer.branches >= {"local", "linear", "conv"}:
@@ -84,54 +92,78 @@ def remember(layer, cache) -> None:
     cache.far = {name: place(x) for name, x in far.items()}
 
 
+def _block(size: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(size))
+
+
+def _parameters(module, *names):
+    return (getattr(module, name, None) for name in names)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _learned(layer):
+    """Parameters as first kernels take them."""
+    return (
+        *_parameters(layer.phi_q, "weight", "bias"), *_parameters(layer.phi_k, "weight", "bias"),
+        *_parameters(layer, "lam_query"), *_parameters(getattr(layer, "gates", None), "weight", "bias"),
+    )  # fmt: skip
+
+
+def _constants(layer, v: Tensor) -> tuple[dict, dict, dict]:
+    """What kernels are compiled for: both, the first, and the second one."""
+    config, dim, value_dim, width = layer.config, layer.head_dim, v.shape[3], layer.features
+    # Kernels that overlap, and bulk prefetches, came with Hopper.
+    hopper = v.is_cuda and torch.cuda.get_device_capability(v.device) >= (9, 0)
+    both = dict(
+        KV=layer.kv_heads, D=dim, BD=_block(dim), V=value_dim, F=width, SINKS=config.sinks,
+        DELTA=config.state == "delta", OVERLAP=hopper, P="tf32" if v.dtype == torch.bfloat16 else "ieee",
+    )  # fmt: skip
+    signed = width // 2 if config.feature_map == "hedgehog" else width
+    first = dict(Y=signed, BY=_block(signed), MAP=config.feature_map)
+    second = dict(
+        GROUPS=layer.heads // layer.kv_heads, BF=_block(width), BR=_block(config.ring_size + FOLD),
+        BS=_block(config.sinks), TAPS=config.conv_taps, W=config.window_size, WINDOW=config.window or "none",
+        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, launch_pdl=hopper,
+    )  # fmt: skip
+    return both, first, second
+
+
 def step(
     layer, cache, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor | None, raw_k: Tensor | None, sink_q: Tensor | None,
     scale: float,
 ) -> Tensor:  # fmt: skip
     """The layer's outputs [B, H, 1, D_v] for one new token in every row, which `cache` holds afterwards; the
     arguments are those of the layer."""
-    batch, heads, _, dim = q.shape
+    batch, heads, _, _ = q.shape
     kv_heads, value_dim, width = k.shape[1], v.shape[3], layer.features
     config, sinks, state = layer.config, cache.sinks, cache.state
     if cache.far is None:
         remember(layer, cache)
     ring, slots = cache.ring, config.ring_size + FOLD
-    far = [cache.far.get(name) for name in ("phi", "u", "mass", "log_decay", "beta")]
+    far = [cache.far.get(name) for name in FAR]
     q, k, v, raw_q, raw_k, sink_q = (None if x is None else x.contiguous() for x in (q, k, v, raw_q, raw_k, sink_q))
     out = q.new_empty(batch, heads, 1, value_dim, dtype=v.dtype)
     phi_q = state.z.new_empty(batch, heads, width)
     clock = cache.length.new_empty(2, batch)
 
-    def parameters(module, *names):
-        return (getattr(module, name, None) for name in names)
-
-    def block(size, least=16):
-        return max(least, triton.next_power_of_2(size))
-
-    delta = config.state == "delta"
-    # Kernels that overlap, and bulk prefetches, came with Hopper.
-    hopper = v.is_cuda and torch.cuda.get_device_capability(v.device) >= (9, 0)
-    shape = dict(
-        KV=kv_heads, D=dim, BD=block(dim), V=value_dim, F=width, SINKS=config.sinks, FOLD=FOLD, DELTA=delta,
-        OVERLAP=hopper, P="tf32" if v.dtype == torch.bfloat16 else "ieee",
-    )  # fmt: skip
-    signed = width // 2 if config.feature_map == "hedgehog" else width
+    both, first, second = _constants(layer, v)
     rows = 1 if batch < 8 else ROWS
     enter[heads + kv_heads, triton.cdiv(batch, rows)](
-        k, v, q if raw_q is None else raw_q, k if raw_k is None else raw_k, phi_q,
-        *parameters(layer.phi_q, "weight", "bias"), *parameters(layer.phi_k, "weight", "bias"),
-        *parameters(layer, "lam_query"), *parameters(getattr(layer, "gates", None), "weight", "bias"),
+        k, v, q if raw_q is None else raw_q, k if raw_k is None else raw_k, phi_q, *_learned(layer),
         ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"), *far,
         state.z, clock, cache.length, cache.count, scale, batch, heads, slots,
-        BV=block(value_dim), Y=signed, BY=block(signed), MAP=config.feature_map, ROWS=rows,
-        num_warps=4, **shape,
+        BV=_block(value_dim), ROWS=rows, FOLD=FOLD, num_warps=4, **both, **first,
     )  # fmt: skip
-    groups, columns, programs = heads // kv_heads, block(value_dim), batch * kv_heads
+    columns, programs = _block(value_dim), batch * kv_heads
     # As many programs as multiprocessors: each has fewer columns then, and goes through the state in fewer turns.
     while columns > 32 and programs * value_dim < 128 * columns:
         columns //= 2
+    delta = both["DELTA"]
     if columns < value_dim:
-        launch = dict(FEATURES=min(128, block(width)), BLOCK=64, num_stages=2)
+        launch = dict(FEATURES=min(128, _block(width)), BLOCK=64, num_stages=2)
     else:
         # Registers for three programs on a multiprocessor.
         launch = dict(FEATURES=32, maxnreg=168) if delta else dict(FEATURES=16)
@@ -139,11 +171,77 @@ def step(
     attend[triton.cdiv(value_dim, columns), programs](
         q, q if sink_q is None else sink_q, phi_q, out, ring["k"], ring["v"], sinks["k"], sinks["v"], *far,
         state.S, state.z, clock, cache.length, cache.count, cache.segment,
-        *parameters(layer, "gate", "alpha" if config.combine == "sum" else "lam", "conv"), scale, batch, slots,
-        GROUPS=groups, BG=block(groups + delta), BV=columns, BF=block(width), BR=block(slots), BS=block(config.sinks),
-        TAPS=config.conv_taps, W=config.window_size, WINDOW=config.window or "none",
-        SHARED=config.combine == "shared", FAR_UNIT=FAR_UNIT, PREFETCH=hopper and programs <= 32, launch_pdl=hopper,
-        num_warps=4, **launch, **shape,
+        *_parameters(layer, *SCALARS[config.combine]), scale, batch, slots,
+        BG=_block(heads // kv_heads + delta), BV=columns, FOLD=FOLD, PREFETCH=both["OVERLAP"] and programs <= 32,
+        num_warps=4, **launch, **both, **second,
     )  # fmt: skip
     cache.seen += 1
     return out
+
+
+def verify(
+    layer, cache, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor | None, raw_k: Tensor | None, sink_q: Tensor | None,
+    scale: float, ancestors: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The layer's outputs [B, H, T, D_v] for the nodes of a draft tree behind the tokens that `cache` holds, and what
+    `accept` needs to know of them; the arguments are those of the layer."""
+    batch, heads, nodes, _ = q.shape
+    kv_heads, value_dim, width = k.shape[1], v.shape[3], layer.features
+    config, sinks, state = layer.config, cache.sinks, cache.state
+    if cache.far is None:
+        remember(layer, cache)
+    ring, slots = cache.ring, config.ring_size + FOLD
+    far = [cache.far.get(name) for name in FAR]
+    ancestors = ancestors.contiguous().view(torch.int8)
+    q, k, v, raw_q, raw_k, sink_q = (_dense(x) for x in (q, k, v, raw_q, raw_k, sink_q))
+    raw_q, raw_k, sink_q = (y if x is None else x for x, y in ((raw_q, q), (raw_k, k), (sink_q, q)))
+    out = v.new_empty(batch, nodes, heads, value_dim).transpose(1, 2)
+    phi_q = v.new_empty(batch, heads, nodes, width)
+    phi_k = v.new_empty(batch, kv_heads, nodes, width)
+    node_decay, node_beta = state.z.new_empty(2, batch, kv_heads, nodes)
+    depth = torch.empty(nodes, dtype=torch.int32, device=v.device)
+
+    both, first, second = _constants(layer, v)
+    rows = min(64, _block(nodes))
+    turning = kv_heads * triton.cdiv(value_dim, 32) if both["DELTA"] else 0
+    tree_enter.enter[turning + heads + kv_heads, triton.cdiv(nodes, rows), batch](
+        raw_q, raw_k, phi_q, phi_k, node_decay, node_beta, depth, ancestors, *_learned(layer),
+        ring["v"], *far, state.S, state.z, cache.length, cache.count, scale,
+        *strides(raw_q, raw_k), heads, nodes, slots,
+        BV=32, BF=second["BF"], FEATURES=min(128, second["BF"]), BT=_block(nodes), BR=second["BR"], W=second["W"],
+        BLOCK=64, TURNING=turning, ROWS=rows, num_warps=8, num_stages=2, **both, **first,
+    )  # fmt: skip
+    queries = heads // kv_heads * nodes
+    tile = min(64, _block(queries))
+    tiles, columns = triton.cdiv(queries, tile), min(64, _block(value_dim))
+    # As in a step; and more columns would need more registers than there are.
+    if tiles * batch * kv_heads * value_dim < 128 * columns:
+        columns = min(32, columns)
+    tree_attend.attend[triton.cdiv(value_dim, columns), tiles, batch * kv_heads](
+        q, sink_q, k, v, phi_q, phi_k, node_decay, depth, ancestors, out,
+        ring["k"], ring["v"], sinks["k"], sinks["v"], *far[:4], state.S, state.z, cache.length, cache.count,
+        *_parameters(layer, *SCALARS[config.combine]), scale, *strides(q, sink_q, k, v, out), nodes, slots,
+        BQ=tile, BV=columns, FEATURES=min(2048 // columns, second["BF"]), REACH=config.reach, BLOCK=32,
+        PREFETCH=both["OVERLAP"] and batch * kv_heads <= 32, num_warps=8, num_stages=2, **both, **second,
+    )  # fmt: skip
+    return out, {"phi": phi_k, "log_decay": node_decay, "beta": node_beta}
+
+
+def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor) -> None:
+    """Nodes `path` [B, n] of the tree that was verified last become tokens of the ring, at most FOLD of them; -1 fills
+    rows that accept fewer. keys: of the tree, by name; far: what `verify` has given."""
+    k, v, raw = (_dense(keys.get(name)) for name in ("k", "v", "raw"))
+    batch, kv_heads, nodes, dim = k.shape
+    value_dim, width = v.shape[3], far["phi"].shape[3]
+    ring, sinks, state = cache.ring, cache.sinks, cache.state
+    clock = torch.stack([cache.length, cache.count])
+    tree_accept.accept[batch * kv_heads,](
+        path.contiguous(), k, v, raw, far["phi"], far["log_decay"], far["beta"],
+        ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"),
+        *(cache.far.get(name) for name in FAR), state.S, state.z, clock, cache.length, cache.count, cache.segment,
+        *strides(k, v, k if raw is None else raw), batch, path.shape[1], nodes, ring["v"].shape[2],
+        KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=_block(value_dim), F=width, BF=_block(width), FEATURES=32,
+        SINKS=cache.config.sinks, FOLD=FOLD, DELTA=cache.config.state == "delta",
+        P="tf32" if v.dtype == torch.bfloat16 else "ieee", num_warps=8,
+    )  # fmt: skip
+    cache.seen += path.shape[1]

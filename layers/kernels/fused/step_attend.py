@@ -56,9 +56,32 @@ def slot_of(d, latest, R):
 
 
 @triton.jit
+def take_in(
+    state, at_oldest, folds, feature, column_v, ring_v, ring_phi, u, log_decay,
+    V: tl.constexpr, F: tl.constexpr, DELTA: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """A block of the state after those tokens of the ring that are to fold, in slots `at_oldest`, have entered it, in
+    their order."""
+    entering = folds[:, None] & (column_v < V)[None, :]
+    at_value = at_oldest[:, None] * V + column_v[None, :]
+    if DELTA:
+        decays = tl.load(log_decay + at_oldest, mask=folds, other=0.0)
+        folded = tl.sum(decays)
+        value = tl.load(u + at_value, mask=entering, other=0.0)
+        value *= tl.exp2((folded - tl.cumsum(decays)) * LOG2E)[:, None]
+        state *= tl.exp2(folded * LOG2E)
+    else:
+        value = tl.load(ring_v + at_value, mask=entering, other=0.0).to(tl.float32)
+    at_phi = at_oldest[None, :] * F + feature[:, None]
+    old_phi = tl.load(ring_phi + at_phi, mask=folds[None, :] & (feature < F)[:, None], other=0.0)
+    return tl.dot(old_phi.to(tl.float32), value, state, input_precision=P)
+
+
+@triton.jit
 def add_near(scores, allowed, v, m, near_sum, near_o, P: tl.constexpr):
-    """The softmax goes on with scores [BG, N], to base 2, of keys with values v [N, BV]."""
-    scores = tl.where(allowed[None, :], scores, float("-inf"))
+    """The softmax goes on with scores [BG, N], to base 2, of the keys that are `allowed` [BG or 1, N], with values
+    v [N, BV]."""
+    scores = tl.where(allowed, scores, float("-inf"))
     highest = tl.maximum(m, tl.max(scores, axis=1))
     a = tl.exp2(scores - highest[:, None])
     shrunk = tl.exp2(m - highest)
@@ -130,19 +153,9 @@ def attend(
         inside = (feature < F)[:, None] & inside_v[None, :]
         state = tl.load(S + at_S, mask=inside, other=0.0)
         if full:
-            entering = folds[:, None] & inside_v[None, :]
-            at_value = at_oldest[:, None] * V + column_v[None, :]
-            if DELTA:
-                decays = tl.load(log_decay + at_oldest, mask=folds, other=0.0)
-                folded = tl.sum(decays)
-                value = tl.load(u + at_value, mask=entering, other=0.0)
-                value *= tl.exp2((folded - tl.cumsum(decays)) * LOG2E)[:, None]
-                state *= tl.exp2(folded * LOG2E)
-            else:
-                value = tl.load(ring_v + at_value, mask=entering, other=0.0).to(tl.float32)
-            at_phi = at_oldest[None, :] * F + feature[:, None]
-            old_phi = tl.load(ring_phi + at_phi, mask=folds[None, :] & (feature < F)[:, None], other=0.0)
-            state = tl.dot(old_phi.to(tl.float32), value, state, input_precision=P)
+            state = take_in(
+                state, at_oldest, folds, feature, column_v, ring_v, ring_phi, u, log_decay, V, F, DELTA, P
+            )
             tl.store(S + at_S, state, mask=inside)
         phi = far_rows(phi_q, at_q, asks, ring_phi, at_turned, feature, turned_row, F, DELTA)
         far_o = tl.dot(phi, state, far_o, input_precision=P)
@@ -180,7 +193,7 @@ def attend(
         v = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
         if WINDOW != "none":
             scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
-            m, near_sum, near_o = add_near(scores, is_near, v, m, near_sum, near_o, P)
+            m, near_sum, near_o = add_near(scores, is_near[None, :], v, m, near_sum, near_o, P)
         if TAPS:
             is_tap = asks[:, None] & (here & (d < TAPS))[None, :]
             taps = tl.load(conv + h[:, None] * TAPS + d[None, :], mask=is_tap, other=0.0)
@@ -193,7 +206,7 @@ def attend(
         v = tl.load(sink_v + at_sink * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
         qs = tl.load(sink_q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
         scores = tl.dot(qs, tl.trans(k), input_precision=P) * (scale * LOG2E)
-        m, near_sum, near_o = add_near(scores, here, v, m, near_sum, near_o, P)
+        m, near_sum, near_o = add_near(scores, here[None, :], v, m, near_sum, near_o, P)
 
     # Far tokens that are still in the ring.
     feature = tl.arange(0, BF)

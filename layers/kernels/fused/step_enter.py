@@ -45,6 +45,19 @@ def softmax(y):
     return tl.maximum(y / tl.sum(y, axis=1, keep_dims=True), 1e-12)
 
 
+@triton.jit
+def gates_of(x, W, b, head, D: tl.constexpr, BD: tl.constexpr):
+    """log decay and write strength [ROWS] of keys x [ROWS, BD], as `TokenGates` of the delta rule."""
+    column = tl.arange(0, BD)
+    unit = x.to(tl.float32)
+    unit /= tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12)[:, None]
+    at = W + (head * D + column) * 2
+    fading = tl.sum(unit * tl.load(at, mask=column < D, other=0.0)[None, :], axis=1) + tl.load(b + head * 2)
+    writing = tl.sum(unit * tl.load(at + 1, mask=column < D, other=0.0)[None, :], axis=1) + tl.load(b + head * 2 + 1)
+    softplus = tl.maximum(fading, 0.0) + tl.log(1.0 + tl.exp2(-tl.abs(fading) * LOG2E))
+    return -softplus, tl.sigmoid(writing)
+
+
 @triton.jit(do_not_specialize=["B"])
 def enter(
     k, v, content_q, content_k, phi_q, W_q, b_q, W_k, b_k, lam_query, W_gate, b_gate,
@@ -108,16 +121,9 @@ def enter(
         if F > Y:
             tl.store(to_phi + Y, other.to(ring_phi.dtype.element_ty), mask=row_y)
         if DELTA:
-            unit = x.to(tl.float32)
-            unit /= tl.maximum(tl.sqrt(tl.sum(unit * unit, axis=1)), 1e-12)[:, None]
-            at_gate = W_gate + (head * D + column_d) * 2
-            fading = tl.sum(unit * tl.load(at_gate, mask=column_d < D, other=0.0)[None, :], axis=1)
-            fading += tl.load(b_gate + head * 2)
-            writing = tl.sum(unit * tl.load(at_gate + 1, mask=column_d < D, other=0.0)[None, :], axis=1)
-            writing += tl.load(b_gate + head * 2 + 1)
-            softplus = tl.maximum(fading, 0.0) + tl.log(1.0 + tl.exp2(-tl.abs(fading) * LOG2E))
-            tl.store(log_decay + slot, tl.where(is_sink, 0.0, -softplus), mask=inside)
-            tl.store(beta + slot, tl.where(is_sink, 0.0, tl.sigmoid(writing)), mask=inside)
+            fading, writing = gates_of(x, W_gate, b_gate, head, D, BD)
+            tl.store(log_decay + slot, tl.where(is_sink, 0.0, fading), mask=inside)
+            tl.store(beta + slot, tl.where(is_sink, 0.0, writing), mask=inside)
 
         # Where the ring is full now, its oldest tokens enter the state; z here, as all programs of `attend` read it.
         full = inside & (held + 1 == R)
