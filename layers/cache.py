@@ -193,7 +193,7 @@ class LinearCacheLayer(CacheLayerMixin):
         """
         draft, self.draft = self.draft, None
         self.memory.accept(path, self.length)
-        if draft.far is not None and self.far is not None and path.shape[1] <= fused_step.FOLD:
+        if draft.far is not None and self.far is not None and fused_step.accepts(self, path):
             fused_step.accept(self, draft.keys, draft.far, path)
             return
         keys, past = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()})

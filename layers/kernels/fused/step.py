@@ -202,34 +202,38 @@ def verify(
     depth = torch.empty(nodes, dtype=torch.int32, device=v.device)
 
     both, first, second = _constants(layer, v)
-    rows = min(64, _block(nodes))
+    # More rows of products in single precision would need more registers than there are.
+    largest = 64 if v.dtype == torch.bfloat16 else 16
+    rows = min(largest, _block(nodes))
     turning = kv_heads * triton.cdiv(value_dim, 32) if both["DELTA"] else 0
     tree_enter.enter[turning + heads + kv_heads, triton.cdiv(nodes, rows), batch](
         raw_q, raw_k, phi_q, phi_k, node_decay, node_beta, depth, ancestors, *_learned(layer),
         ring["v"], *far, state.S, state.z, cache.length, cache.count, scale,
         *strides(raw_q, raw_k), heads, nodes, slots,
         BV=32, BF=second["BF"], FEATURES=min(128, second["BF"]), BT=_block(nodes), BR=second["BR"], W=second["W"],
-        BLOCK=64, TURNING=turning, ROWS=rows, num_warps=8, num_stages=2, **both, **first,
+        BLOCK=32, TURNING=turning, ROWS=rows, num_warps=4, num_stages=2, **both, **first,
     )  # fmt: skip
     queries = heads // kv_heads * nodes
-    tile = min(64, _block(queries))
-    tiles, columns = triton.cdiv(queries, tile), min(64, _block(value_dim))
-    # As in a step; and more columns would need more registers than there are.
-    if tiles * batch * kv_heads * value_dim < 128 * columns:
-        columns = min(32, columns)
-    tree_attend.attend[triton.cdiv(value_dim, columns), tiles, batch * kv_heads](
+    tile, columns = min(largest, _block(queries)), min(32, _block(value_dim))
+    tree_attend.attend[triton.cdiv(value_dim, columns), triton.cdiv(queries, tile), batch * kv_heads](
         q, sink_q, k, v, phi_q, phi_k, node_decay, depth, ancestors, out,
         ring["k"], ring["v"], sinks["k"], sinks["v"], *far[:4], state.S, state.z, cache.length, cache.count,
         *_parameters(layer, *SCALARS[config.combine]), scale, *strides(q, sink_q, k, v, out), nodes, slots,
-        BQ=tile, BV=columns, FEATURES=min(2048 // columns, second["BF"]), REACH=config.reach, BLOCK=32,
-        PREFETCH=both["OVERLAP"] and batch * kv_heads <= 32, num_warps=8, num_stages=2, **both, **second,
+        BQ=tile, BV=columns, FEATURES=min(64, second["BF"]), REACH=config.reach, BLOCK=32,
+        PREFETCH=both["OVERLAP"] and batch * kv_heads <= 32, num_warps=4, num_stages=3, **both, **second,
     )  # fmt: skip
     return out, {"phi": phi_k, "log_decay": node_decay, "beta": node_beta}
 
 
+def accepts(cache, path: Tensor) -> bool:
+    """Whether a path [B, n] is short enough for `accept`: where the ring has no room for it, FOLD tokens leave at once,
+    and so many must be there."""
+    return path.shape[1] <= min(FOLD, cache.config.ring_size)
+
+
 def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor) -> None:
-    """Nodes `path` [B, n] of the tree that was verified last become tokens of the ring, at most FOLD of them; -1 fills
-    rows that accept fewer. keys: of the tree, by name; far: what `verify` has given."""
+    """Nodes `path` [B, n] of the tree that was verified last become tokens of the ring; -1 fills rows that accept
+    fewer. keys: of the tree, by name; far: what `verify` has given."""
     k, v, raw = (_dense(keys.get(name)) for name in ("k", "v", "raw"))
     batch, kv_heads, nodes, dim = k.shape
     value_dim, width = v.shape[3], far["phi"].shape[3]

@@ -30,7 +30,7 @@ def accept(
     BF: tl.constexpr, FEATURES: tl.constexpr, SINKS: tl.constexpr, FOLD: tl.constexpr, DELTA: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """A program has one key head of one row; `path` [B, N] has at most FOLD nodes."""
+    """A program has one key head of one row; `path` [B, N] is one that `step.accepts`."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // KV, row % KV
     i = tl.arange(0, FOLD)

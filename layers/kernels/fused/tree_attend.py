@@ -63,16 +63,15 @@ def attend(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     e = tl.load(depth + node)
-    if WINDOW == "sliding":
-        near = tl.full([BQ], W, tl.int32)
-    elif WINDOW == "block":
-        near = (new + e) % W + 1
-    elif WINDOW == "terrace":
-        near = (new + e) % W + W + 1
-    else:
-        near = tl.full([BQ], 0, tl.int32)
     # Tokens at this distance from the roots and further are far.
-    turned = near - e
+    if WINDOW == "sliding":
+        turned = W - e
+    elif WINDOW == "block":
+        turned = (new + e) % W + 1 - e
+    elif WINDOW == "terrace":
+        turned = (new + e) % W + W + 1 - e
+    else:
+        turned = -e
 
     # What is in the state is far from all.
     far_o = tl.zeros([BQ, BV], tl.float32)
@@ -143,9 +142,9 @@ def attend(
         if TAPS:
             taps = taps_of(conv, h, d[None, :] + e[:, None], asks[:, None] & here[None, :], TAPS)
             conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
-    # The node itself and its ancestors.
+    # The node itself and its ancestors: not loaded ahead, which would take more registers than there are.
     path = tl.zeros([BQ], tl.float32)
-    for first in range(0, T, BLOCK):
+    for first in tl.range(0, T, BLOCK, num_stages=1):
         other = first + tl.arange(0, BLOCK)
         exists = other < T
         seen = tl.load(
@@ -153,7 +152,7 @@ def attend(
         ) != 0  # fmt: skip
         above = tl.load(depth + other, mask=exists, other=0)
         is_sink = (new + above < SINKS)[None, :]
-        d = e[:, None] - above[None, :]
+        d = -above
         to_v = v + batch * v_b + kv_h * v_h + other[:, None] * v_t + column_v[None, :]
         values = tl.load(to_v, mask=exists[:, None] & inside_v[None, :], other=0.0)
         if WINDOW != "none":
@@ -163,17 +162,18 @@ def attend(
             if SINKS > 0 and new < SINKS:
                 as_sink = tl.dot(tl.load(to_q, mask=asked, other=0.0), tl.trans(keys), input_precision=P)
                 scores = tl.where(is_sink, as_sink * (scale * LOG2E), scores)
-            is_near = seen & (is_sink | (d < near[:, None]))
+            is_near = seen & (is_sink | (d[None, :] < turned[:, None]))
             m, near_sum, near_o = add_near(scores, is_near, values, m, near_sum, near_o, P)
         if TAPS:
-            conv_o = tl.dot(taps_of(conv, h, d, seen, TAPS).to(values.dtype), values, conv_o, input_precision=P)
+            taps = taps_of(conv, h, d[None, :] + e[:, None], seen, TAPS)
+            conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
         at = row * T + other
         if DELTA:
             # Nodes are near to each other, but what is in the past fades on the way to each.
             path += tl.sum(tl.where(seen, tl.load(node_decay + at, mask=exists, other=0.0)[None, :], 0.0), axis=1)
         else:
             keys = tl.load(phi_k + at[:, None] * F + feature[None, :], mask=exists[:, None] & inside_f, other=0.0)
-            is_far = seen & (d >= near[:, None]) & (new + above >= SINKS)[None, :]
+            is_far = seen & (d[None, :] >= turned[:, None]) & (new + above >= SINKS)[None, :]
             b = tl.where(is_far, tl.dot(phi, tl.trans(keys), input_precision=P), 0.0)
             far_sum += tl.sum(b, axis=1)
             far_o = tl.dot(b.to(values.dtype), values, far_o, input_precision=P)
