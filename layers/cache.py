@@ -5,7 +5,8 @@ Only a token that has left every window, and the `slack` behind it, enters the s
 draft trees, and `crop` moves a cursor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class LinearCacheLayer(CacheLayerMixin):
         state: sums over all other tokens that have left the ring, or None without far branch.
         far: what fused steps know of the ring's tokens (`kernels.fused.step.remember`), or None where something else
             has changed the cache since then.
+        ancestors: [T, T] of a draft tree while its nodes go through the model (`LinearCache.verifying`).
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
@@ -48,6 +50,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
         self.far: dict[str, Tensor] | None = None
+        self.ancestors: Tensor | None = None
         self.draft: tuple[dict[str, Tensor], Tensor | None, Gates | None, Tokens, int] | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
@@ -277,6 +280,23 @@ class LinearCache(Cache):
     def nbytes(self) -> int:
         """Bytes held by the linear layers."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, LinearCacheLayer))
+
+    @property
+    def length(self) -> Tensor:
+        """[B], tokens of each row's current document."""
+        return next(layer for layer in self.layers if isinstance(layer, LinearCacheLayer)).length
+
+    @contextmanager
+    def verifying(self, ancestors: Tensor) -> Iterator[None]:
+        """Meanwhile the tokens that a model is given are nodes of a draft tree; `accept` adds a path of them."""
+        layers = [layer for layer in self.layers if isinstance(layer, LinearCacheLayer)]
+        try:
+            for layer in layers:
+                layer.ancestors = ancestors
+            yield
+        finally:
+            for layer in layers:
+                layer.ancestors = None
 
     def accept(self, path: Tensor) -> None:
         """`LinearCacheLayer.accept` on every linear layer."""

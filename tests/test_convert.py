@@ -223,6 +223,30 @@ print("\\n" + json.dumps([torch.equal(cached.sequences, plain.sequences), type(c
     assert json.loads(out.splitlines()[-1]) == [True, "LinearCache", "user the and of "]
 
 
+def test_export_decodes_speculatively(finished, linearize):
+    """With the heads and the tree that it carries, by itself and by the command line."""
+    run, *_ = finished
+    out = load_elsewhere(
+        run / "export" / "model",
+        """
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+ids = torch.arange(10, 30).view(1, -1)
+arguments = dict(pad_token_id=1, max_new_tokens=40, do_sample=False)
+plain = model.generate(ids, **arguments)
+texts = [model.generate(ids, **arguments, custom_generate=how, trust_remote_code=True)
+         for how in (str(directory), model.speculate)]
+print("\\n" + json.dumps([torch.equal(plain, text) for text in texts]))
+""",
+    )
+    assert json.loads(out.splitlines()[-1]) == [True, True]
+    tree = json.loads((run / "export" / "model" / "config.json").read_text())["medusa"]["tree"]
+    assert tree == state(run, "medusa")["metrics"]["tree"]
+    prompt = ("chat", run, "--prompt", "the and of", "--max-new-tokens", 20)
+    plain, speculative = linearize(*prompt, "--json"), linearize(*prompt, "--json", "--speculative")
+    assert json.loads(speculative.stdout) == json.loads(plain.stdout), speculative.stderr
+    assert json.loads(plain.stdout)["reply"] in linearize(*prompt, "--speculative").stdout.replace("\n", "")
+
+
 def test_export_is_refused_without_trust_remote_code(finished):
     run, *_ = finished
     # A machine has no terminal to ask on.
