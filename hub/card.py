@@ -101,8 +101,8 @@ def _results(metrics: dict) -> str:
         chosen = next(size for size in metrics["medusa"]["tree_sizes"] if size["nodes"] == nodes)
         lines += [
             "",
-            f"Speculative decoding (`model.generate(..., custom_generate=model.speculate)`) verifies a tree of {nodes} "
-            f"tokens at once and is expected to accept {chosen['tokens']:.2f} of them per step; the text stays the same.",
+            f"Speculative decoding (`model.generate(..., custom_generate=model.speculate)`) verifies {nodes} tokens at "
+            f"once and is expected to accept {chosen['tokens']:.2f} of them per step; the text stays the same.",
         ]
     return "\n".join([*lines, ""])
 
