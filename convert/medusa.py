@@ -4,11 +4,14 @@ import statistics
 import time
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from linearize.convert.context import Artifact, Context
+from linearize.convert.batches import read_evenly
+from linearize.convert.context import Artifact, Context, StageError
 from linearize.convert.data import PackedDataset, packed
 from linearize.convert.models import load_weights, merged_model, train_only
+from linearize.convert.progress import TokenProgress
 from linearize.convert.training import train
 from linearize.layers.cache import LinearCache
 from linearize.layers.draft import DraftTree
@@ -16,6 +19,9 @@ from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import MedusaSection
 
+# Tokens of the data that a text of the model's own begins with, and texts that it writes at once.
+PROMPT = 32
+ROWS = 32
 # Guesses of a head that a tree may take, sizes of trees that are tried, and how often.
 RANKS = 10
 SIZES = (1, 4, 8, 16, 32, 64)
@@ -118,11 +124,53 @@ def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[Draft
     return best[1], found
 
 
+@torch.no_grad()
+def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list[torch.Tensor]:
+    """What the model goes on with, greedily, after the first tokens of pieces of the training data, prompts included;
+    batches that were written before are read.
+
+    Raises:
+        StageError: no document is long enough to go on from.
+    """
+    directory = context.stage_directory("medusa") / "own_text"
+    directory.mkdir(parents=True, exist_ok=True)
+    sources = [iter(source) for source in context.training_documents]
+    pieces = [
+        document[start : start + PROMPT]
+        for document in read_evenly(sources, section.own_text)
+        for start in range(0, len(document) - PROMPT, section.length)
+    ]
+    pieces = pieces[: -(-section.own_text // section.length)]
+    if not pieces:
+        raise StageError(f"medusa.own_text: no document of data.train has more than {PROMPT} tokens to go on from")
+    eos = base.generation_config.eos_token_id
+    ends = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    texts = []
+    with TokenProgress(context.console, len(pieces), section.length) as bar:
+        for start in range(0, len(pieces), ROWS):
+            path = directory / f"{start:06}.safetensors"
+            if not path.exists():
+                prompts = torch.stack(pieces[start : start + ROWS]).to(context.device)
+                rows = base.generate(
+                    prompts, attention_mask=torch.ones_like(prompts), max_length=section.length, do_sample=False,
+                    pad_token_id=0,
+                ).cpu()  # fmt: skip
+                save_file({"ids": rows}, path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+            for row in load_file(path)["ids"]:
+                ended = torch.isin(row[PROMPT:], ends).nonzero()
+                texts.append(row[: PROMPT + int(ended[0]) + 1] if len(ended) else row)
+            bar.show(len(texts), "text of its own")
+    return texts
+
+
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
-    model = MedusaModel(merged_model(context), section)
-    losses = train(context, "medusa", model, WeightedHeads(section.decay), section)
+    base = merged_model(context)
+    documents = None if section.own_text is None else [own_texts(context, base, section)]
+    model = MedusaModel(base, section)
+    losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
     tokens = (context.recipe.evaluate or EvaluateSection()).tokens
     data = packed(
         "data.heldout", context.recipe.data.heldout, context.tokenizer, section.length, -(-tokens // section.length)

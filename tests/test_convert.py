@@ -116,6 +116,34 @@ def test_from_redoes_a_stage_and_those_after_it(linearize, tmp_path, recipe):
     assert before != perplexities(tmp_path / "run")
 
 
+def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
+    path = recipe(transfer=None, finetune=None, evaluate=None, export=None)
+    text = ("medusa.own_text=150", "medusa.length=50")
+    converted(linearize, path, *text)
+    written = tmp_path / "run" / "medusa" / "own_text" / "000000.safetensors"
+    rows = load_file(written)["ids"]
+    assert rows.shape == (3, 50)
+
+    from rich.console import Console
+
+    from linearize.convert.context import Context
+    from linearize.convert.medusa import own_texts
+    from linearize.convert.models import merged_model
+    from linearize.recipes.loader import load_recipe
+
+    context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
+    base, prompts = merged_model(context), rows[:, :32]
+    arguments = {"max_length": 50, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(base.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments), rows)
+    data = "".join(map(chr, next(iter(context.training_documents[0])).tolist()))
+    assert all("".join(map(chr, row.tolist())) in data for row in prompts)
+
+    # What is written already is not written again.
+    base.generate = None
+    ends = [row.tolist() for row in own_texts(context, base, context.recipe.medusa)]
+    assert all(end == row[: len(end)] for end, row in zip(ends, rows.tolist(), strict=True))
+
+
 def test_only_needs_the_stages_before(linearize, recipe):
     path = recipe()
     result = linearize("convert", path, "--only", "finetune")
