@@ -183,7 +183,7 @@ class LinearAttention(nn.Module):
         fused = fused_step is not None and v.is_cuda and self.backend in ("auto", "triton")
         if steps and fused and not fused_step.refuses(self, cache):
             return fused_step.step(self, cache, q, k, v, raw_q, raw_k, sink_q, scale)
-        q_features = k_features = gates = None
+        q_features = k_features = None
         if cache is None:
             tokens, state = self._locate(k, segments, None), None
         else:
@@ -200,16 +200,12 @@ class LinearAttention(nn.Module):
                     torch.cat([past.position, tokens.position], dim=1),
                 )
         if self.features:
-            content = keys.get("raw", keys["k"])
-            if self.config.state != "additive":
-                gates = self.gates(content)
-            query, factor = q if raw_q is None else raw_q, None
-            if hasattr(self, "lam_query"):
-                factor = (scale * query @ self.lam_query.to(query.dtype)).exp()
             # Unit keys: what is written under a key by the delta rule is read back under it.
             unit = self.config.state == "delta"
-            q_features = Features(query, self.phi_q, unit, factor)
-            k_features = Features(content, self.phi_k, unit)
+            lam_query = getattr(self, "lam_query", None)
+            q_features = Features(q if raw_q is None else raw_q, self.phi_q, unit, scale, lam_query)
+            token_gates = getattr(self, "gates", None)
+            k_features = Features(keys.get("raw", keys["k"]), self.phi_k, unit, token_gates=token_gates)
 
         # Without linear heads there is only the cache to move on.
         out = q if not self.heads else augmented_attention(
@@ -219,7 +215,6 @@ class LinearAttention(nn.Module):
                 v=keys["v"],
                 q_features=q_features,
                 k_features=k_features,
-                gates=gates,
                 keys=tokens,
                 state=state,
                 ancestors=ancestors,
@@ -231,7 +226,7 @@ class LinearAttention(nn.Module):
             self.backend,
         )
         if cache is not None:
-            phi_k = None if k_features is None else k_features.phi
+            phi_k, gates = (None, None) if k_features is None else (k_features.phi, k_features.gates)
             if ancestors is not None:
                 cache.draft = (keys, phi_k, gates, tokens, k.shape[2])
             elif steps and self.config.ring_size and cache.far is None:
