@@ -1,12 +1,13 @@
 """Speculative beside plain decoding of an exported model: is the text the same, and how much faster is it?
 
     python benchmarks/speculative.py MODEL --prompts mt_bench_question.jsonl --out DIRECTORY [--new-tokens 128]
-        [--batches 1 8] [--limit N] [--dtype float32]
+        [--batches 1 8] [--limit N] [--dtype float32] [--nodes N]
 
 Prompts are `turns[0]` of each line, by the model's chat template, in batches of alike lengths; greedy. Per batch size:
 tokens per second of both, tokens accepted per step, by category too, the share of prompts with the same text, and of
 each other prompt the gap between the two tokens' logits where texts part, in units of the last place of the logits'
-dtype: 1 or less is a tie but for rounding. Writes `speculative.json` and prints a table.
+dtype: 1 or less is a tie but for rounding. `--nodes` grows a tree of this size from the accuracies that the directory
+states, instead of the one that the conversion found fastest. Writes `speculative.json` and prints a table.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.layers.draft import DraftTree
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -64,12 +67,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--limit", type=int, default=10**6)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--nodes", type=int)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, trust_remote_code=True, dtype=getattr(torch, arguments.dtype)
     )
     model = model.eval().to(DEVICE)
+    if arguments.nodes is not None:
+        measured = json.loads((arguments.model / "metrics.json").read_text("utf-8"))["medusa"]["head_accuracy"]
+        model.config.medusa["tree"] = DraftTree.grown([head["ranks"] for head in measured], arguments.nodes).paths
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     prompts = read(arguments.prompts, tokenizer, arguments.limit)
     steps = []
