@@ -4,10 +4,10 @@
         [--contexts 2048 8192 32768 131072] [--batches 1 16 64] [--steps 32]
 
 In bfloat16, with the class that exported models have. Prefill: milliseconds until the last logits of a prompt that
-long (median of 3; beyond 32k tokens one) and peak memory beyond the weights. Decoding: tokens per second over all rows, a forward pass per
-token, when so many tokens are in the cache, and, of linear models, the same replayed as one CUDA graph; softmax's cache
-is filled with random keys and values, since only its size counts. Softmax is the backend that SDPA picks. A cell is
-empty where memory runs out. Writes `generate.json`, `.md`, and `generate.png`.
+long (median of 3; beyond 32k tokens one) and peak memory beyond the weights. Decoding: tokens per second over all rows,
+a forward pass per token, when so many tokens are in the cache, and, of linear models, the same replayed as one CUDA
+graph; softmax's cache is filled with random keys and values, since only its size counts. Softmax is the backend that
+SDPA picks. A cell is empty where memory runs out. Writes `generate.json`, `.md`, and `generate.png`.
 """
 
 import argparse
