@@ -92,14 +92,12 @@ def head_accuracy(model: MedusaModel, data: PackedDataset, device: torch.device)
 def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[DraftTree, list[dict]]:
     """The tree that makes most tokens per second on this device, and what was measured: one sequence, per size the best
     tree, the tokens that it is expected to have accepted per step, and the milliseconds of a step."""
-    base, found = model.base, []
-    device = base.get_output_embeddings().weight.device
+    base, output, best, found = model.base, model.base.get_output_embeddings(), None, []
+    device, hidden = output.weight.device, output.weight.new_zeros(1, 1, output.in_features)
     linear = next(iter(base.linear_attentions().values()))
-    vocabulary = base.get_output_embeddings().out_features
     cache = LinearCache(base)
-    prompt = torch.randint(vocabulary, (1, 2 * linear.config.ring_size), device=device)
+    prompt = torch.randint(output.out_features, (1, 2 * linear.config.ring_size), device=device)
     base(prompt, past_key_values=cache, use_cache=True)
-    best = None
     for nodes in SIZES:
         # An accepted path must fit what the cache keeps in reserve.
         tree = DraftTree.grown(accuracy[: linear.config.slack], nodes)
@@ -110,9 +108,9 @@ def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[Draft
             with cache.verifying(ancestors):
                 out = base(
                     torch.zeros_like(depths)[None], position_ids=cache.length[:, None] + depths, past_key_values=cache,
-                    use_cache=True, output_hidden_states=True,
+                    use_cache=True,
                 )  # fmt: skip
-            model.heads(out.hidden_states[-1][:, :1], base.get_output_embeddings())
+            model.heads(hidden, output)
             cache.accept(torch.zeros(1, 1, dtype=torch.long, device=device))
             # Waits for the device.
             out.logits.argmax().item()

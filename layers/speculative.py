@@ -139,15 +139,20 @@ class _Text:
         return self.ids[:, : int(self.count.max())]
 
 
-def _forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords):
-    """Logits and last hidden states of new tokens."""
+def _forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords) -> tuple[Tensor, Tensor]:
+    """Logits of new tokens, and the hidden states that they are made of."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         keywords.pop("logits_to_keep", None)
-    out = model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, output_hidden_states=True,
-        return_dict=True, **keywords,
-    )  # fmt: skip
-    return out.logits, out.hidden_states[-1]
+    hidden = []
+    # To ask for hidden states would keep those of all layers.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    try:
+        out = model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True, **keywords
+        )
+    finally:
+        hook.remove()
+    return out.logits, hidden[0]
 
 
 def _unsupported(generation_config) -> str | None:

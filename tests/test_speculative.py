@@ -29,9 +29,9 @@ SMALL = {
 }
 
 
-def make(config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None):
+def make(config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None, family: str = "llama"):
     """A tiny model in float64 whose far branch and heads are at work; the heads guess right now and then."""
-    model = install(tiny_model("llama"), config, kept).double().eval()
+    model = install(tiny_model(family), config, kept).double().eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "linear_attention" in name:
@@ -66,6 +66,19 @@ def test_greedy_texts_are_equal(name, tree):
     model = make(SMALL[name], tree)
     plain, speculative = both(model, prompts())
     assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma3_text", "gpt2", "qwen3", "stablelm"])
+def test_families(family):
+    config = SMALL["augmented"] if family != "gpt2" else replace(SMALL["augmented"], sink_distance=None)
+    plain, speculative = both(make(config, family=family), prompts())
+    assert torch.equal(plain, speculative)
+
+
+def test_layers_that_know_no_trees():
+    model = make(SMALL["augmented"], family="lfm2")
+    with pytest.raises(ValueError, match="cannot verify a tree; decode without speculation"):
+        model.generate(**prompts(), max_new_tokens=3, custom_generate=model.speculate)
 
 
 def test_kept_heads():
