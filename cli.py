@@ -164,6 +164,7 @@ def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    speculative: Annotated[bool, typer.Option("--speculative", help="Draft with the model's Medusa heads.")] = False,
     json: Json = False,
 ):
     """Talk to an exported model; greedy, streamed."""
@@ -173,6 +174,8 @@ def chat(
     if not _is_linear(path):
         raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
     loaded, tokenizer = _load(path)
+    if speculative and getattr(loaded.config, "medusa", None) is None:
+        raise BadInput(f"{path}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")
     messages = []
     while True:
         if prompt is None:
@@ -185,7 +188,7 @@ def chat(
         messages.append({"role": "user", "content": text})
         if not json:
             console.print("[bold]model[/bold]  ", end="")
-        answer, cache_bytes = reply(loaded, tokenizer, messages, max_new_tokens, stream=not json)
+        answer, cache_bytes = reply(loaded, tokenizer, messages, max_new_tokens, not json, speculative)
         messages.append({"role": "assistant", "content": answer})
         if json:
             print(json_module.dumps({"reply": answer, "cache_bytes": cache_bytes}))

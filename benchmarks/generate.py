@@ -4,13 +4,14 @@
         [--contexts 2048 8192 32768 131072] [--batches 1 16 64] [--steps 32]
 
 In bfloat16, with the class that exported models have. Prefill: milliseconds until the last logits of a prompt that
-long (median of 3) and peak memory beyond the weights. Decoding: tokens per second over all rows, a forward pass per
-token, when so many tokens are in the cache; softmax's cache is filled with random keys and values, since only its size
-counts. Softmax is the backend that SDPA picks. A cell is empty where memory runs out. Writes `generate.json`, `.md`,
-and `generate.png`.
+long (median of 3; beyond 32k tokens one) and peak memory beyond the weights. Decoding: tokens per second over all rows,
+a forward pass per token, when so many tokens are in the cache, and, of linear models, the same replayed as one CUDA
+graph; softmax's cache is filled with random keys and values, since only its size counts. Softmax is the backend that
+SDPA picks. A cell is empty where memory runs out. Writes `generate.json`, `.md`, and `generate.png`.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -78,63 +79,90 @@ def prefill(model, length: int) -> dict:
         cache = DynamicCache() if not hasattr(model, "linear_attentions") else LinearCache(model)
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    call()
-    taken = [seconds(call) for _ in range(3)]
-    result = {"ms": statistics.median(taken) * 1e3}
+    result = {}
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+    call()
+    if DEVICE == "cuda":
         result["GiB"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    result["ms"] = statistics.median(seconds(call) for _ in range(3 if length <= 32768 else 1)) * 1e3
     return result
 
 
-def decode(model, context: int, batch: int, steps: int) -> float:
-    """Tokens per second."""
-    if hasattr(model, "linear_attentions"):
-        cache = LinearCache(model)
-        # Row by row alike: the prompt is read once, and its state repeated.
-        for start in range(0, context, 8192):
-            ids = torch.randint(0, 32000, (1, min(8192, context - start)), device=DEVICE)
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(batch)
-    else:
-        config = model.config
-        cache = DynamicCache()
-        head_dim = config.hidden_size // config.num_attention_heads
-        for layer in range(config.num_hidden_layers):
-            shape = batch, config.num_key_value_heads, context, head_dim
-            cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
+def read_prompt(model, context: int) -> LinearCache:
+    cache = LinearCache(model)
+    for start in range(0, context, 8192):
+        ids = torch.randint(0, 32000, (1, min(8192, context - start)), device=DEVICE)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def random_cache(config, context: int, batch: int) -> DynamicCache:
+    cache = DynamicCache()
+    shape = batch, config.num_key_value_heads, context, config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
+    return cache
+
+
+def decode(model, cache, batch: int, steps: int, graph: bool) -> float:
+    """Tokens per second; with `graph`, of replays of one captured step, which moves the cache on by itself."""
     ids = torch.randint(0, 32000, (batch, 1), device=DEVICE)
+    positions = torch.full_like(ids, cache.get_seq_length())
 
-    def generate(count):
-        nonlocal ids
-        for _ in range(count):
-            ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+    def step():
+        found = model(ids, position_ids=positions, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        ids.copy_(found)
+        positions.add_(1)
 
-    generate(4)
-    return batch * steps / seconds(lambda: generate(steps))
+    for _ in range(4):
+        step()
+    call = step
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step()
+        call = captured.replay
+
+    def generate():
+        for _ in range(steps):
+            call()
+
+    return batch * steps / seconds(generate)
 
 
 @torch.inference_mode()
 def measure(model, contexts: list[int], batches: list[int], steps: int) -> dict:
+    linear = hasattr(model, "linear_attentions")
     results = {"prefill": {}, "decode": {batch: {} for batch in batches}}
+    if linear and DEVICE == "cuda":
+        results["decode by CUDA graph"] = {batch: {} for batch in batches}
 
     def attempt(found: dict, key: int, call) -> None:
         try:
             found[key] = call()
-        except torch.OutOfMemoryError:
-            print(f"out of memory at {key} tokens", flush=True)
+        except RuntimeError as error:  # out of memory, for one
+            print(f"at {key} tokens: {str(error).splitlines()[0]}", flush=True)
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
 
     for context in contexts:
         attempt(results["prefill"], context, lambda context=context: prefill(model, context))
-        for batch in batches:
-            attempt(
-                results["decode"][batch], context,
-                lambda context=context, batch=batch: decode(model, context, batch, steps),
-            )  # fmt: skip
+        # All rows are alike: a prompt is read once, and its state repeated.
+        prompt = read_prompt(model, context) if linear else None
+        for how, by_batch in results.items():
+            for batch, found in () if how == "prefill" else by_batch.items():
+
+                def call(context=context, batch=batch, how=how, prompt=prompt):
+                    if linear:
+                        cache = copy.deepcopy(prompt)
+                        cache.batch_repeat_interleave(batch)
+                    else:
+                        cache = random_cache(model.config, context, batch)
+                    return decode(model, cache, batch, steps, graph="graph" in how)
+
+                attempt(found, context, call)
     return results
 
 
@@ -150,10 +178,13 @@ def tables(results: dict, contexts: list[int], batches: list[int]) -> str:
         table("prefill, ms", lambda found, n: found["prefill"].get(n, {}).get("ms")),
         table("prefill, GiB beyond weights", lambda found, n: found["prefill"].get(n, {}).get("GiB")),
     ]
-    for batch in batches:
-        parts.append(
-            table(f"decoding, tokens/s, batch {batch}", lambda found, n, batch=batch: found["decode"][batch].get(n))
-        )
+    for how in ("decode", "decode by CUDA graph"):
+        for batch in batches:
+            parts.append(
+                table(f"{how}, tokens/s, batch {batch}", lambda found, n, at=(how, batch): (
+                    found.get(at[0], {}).get(at[1], {}).get(n)
+                ))
+            )  # fmt: skip
     return "\n".join(parts)
 
 

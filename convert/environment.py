@@ -25,7 +25,7 @@ def preset_backend(preset: str, device: torch.device) -> str:
     raw = x if config.rope == "after" else x.clone()
     queries, keys = (Features(raw, layer.phi_q), Features(raw, layer.phi_k)) if layer.features else (None, None)
     tokens = whole_sequences(None, 1, x.shape[2], device)
-    problem = Problem(x, x, x, queries, keys, None, tokens, None, None, config, layer.weights(device), scale=1.0)
+    problem = Problem(x, x, x, queries, keys, tokens, None, None, config, layer.weights(device), scale=1.0)
     chosen = backend_for(problem)
     passed_over = defaultdict(list)
     for name in takewhile(lambda name: name != chosen, reversed(BACKENDS)):

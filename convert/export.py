@@ -5,7 +5,7 @@ import shutil
 import torch
 
 from linearize.convert.context import Artifact, Context
-from linearize.convert.medusa import trained_heads
+from linearize.convert.medusa import trained_draft
 from linearize.convert.models import LINEAR, merged_model
 from linearize.hub.card import model_card
 from linearize.hub.export import export_model
@@ -15,7 +15,7 @@ from linearize.recipes.loader import dump_recipe
 def run(context: Context) -> Artifact:
     recipe = context.recipe
     model = merged_model(context)
-    heads = None if recipe.medusa is None else trained_heads(context, model)
+    draft = None if recipe.medusa is None else trained_draft(context, model)
     if recipe.export.dtype is not None:
         for name, parameter in model.named_parameters():
             if LINEAR not in name:
@@ -27,7 +27,7 @@ def run(context: Context) -> Artifact:
         model,
         directory / "model",
         tokenizer=context.tokenizer,
-        heads=heads,
+        draft=draft,
         max_shard_size=recipe.export.max_shard_size,
         files={
             "README.md": model_card(recipe, metrics),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
@@ -118,12 +119,14 @@ def train(
     objective: Objective,
     section: Training,
     learning_rates: dict[nn.Parameter, float] | None = None,
+    documents: Sequence[Iterable[Tensor]] | None = None,
 ) -> list[float]:
     """Train the parameters of `model` that require gradients, going on from the newest whole checkpoint, and write
     them to the stage's directory.
 
     Args:
         learning_rates: of the parameters for which it is not `section.lr`.
+        documents: token ids of each source's, instead of the training data's.
 
     Returns:
         The loss of every step, those before an interruption included.
@@ -166,7 +169,7 @@ def train(
     if objective.is_local and arguments.world_size > 1:
         raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
     with problems_named("data.train", context.recipe.data.train):
-        sources = [iter(documents) for documents in context.training_documents]
+        sources = [iter(source) for source in documents or context.training_documents]
         data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size)
     trainer = StageTrainer(
         stage,

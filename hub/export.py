@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 import linearize.layers
 from linearize import __version__
+from linearize.layers.draft import DraftTree
 from linearize.layers.medusa import MedusaHeads
+from linearize.layers.speculative import HEADS_FILE
 
 MODULE = "modeling_linearized"
 PREFIX = "linearize_"
@@ -45,12 +47,22 @@ class Linearized{base}(LinearizedMixin, {base}):
     config_class = Linearized{config}
 '''
 
+# transformers puts this in the place of a loaded model's `generate`, whether asked for or not.
+GENERATE = '''"""With `custom_generate` this directory, speculative decoding: what `generate` returns, faster."""
+
+
+def generate(*inputs, model, custom_generate=None, streamer=None, **arguments):
+    if custom_generate is None:
+        return type(model).generate(model, *inputs, streamer=streamer, **arguments)
+    return type(model).generate(model, *inputs, **arguments, custom_generate=model.speculate, token_streamer=streamer)
+'''
+
 
 def export_model(
     model: PreTrainedModel,
     directory: Path,
     tokenizer=None,
-    heads: MedusaHeads | None = None,
+    draft: tuple[MedusaHeads, DraftTree] | None = None,
     max_shard_size: str = "5GB",
     files: dict[str, str | dict] | None = None,
 ) -> None:
@@ -59,7 +71,7 @@ def export_model(
 
     Args:
         tokenizer: saved beside the weights, chat template included.
-        heads: Medusa heads, saved as `medusa_heads.safetensors`.
+        draft: heads, saved as `medusa_heads.safetensors`, and the tree of their guesses that is verified at once.
         max_shard_size: of the weight files.
         files: further text files by name; a dict becomes JSON.
     """
@@ -81,9 +93,13 @@ def export_model(
         "AutoModelForCausalLM": f"{MODULE}.Linearized{base.__name__}",
     }
     config["linearize_version"] = __version__
-    if heads is not None:
-        save_file(heads.state_dict(), directory / "medusa_heads.safetensors")
-        config["medusa"] = {"heads": len(heads.blocks), "projection": "own" if heads.projections else "shared"}
+    if draft is not None:
+        heads, tree = draft
+        save_file(heads.state_dict(), directory / HEADS_FILE)
+        projection = "own" if heads.projections else "shared"
+        config["medusa"] = {"heads": len(heads.blocks), "projection": projection, "tree": tree.paths}
+        (directory / "custom_generate").mkdir(exist_ok=True)
+        (directory / "custom_generate" / "generate.py").write_text(GENERATE, "utf-8")
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     for name, text in remote_code(base.__name__, config_class, model_type).items():

@@ -7,7 +7,7 @@ from .cache import Draft, LinearCacheLayer
 from .config import FAR_UNIT, LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
-from .kernels import Features, Gates, Problem, Weights, augmented_attention, fused_step
+from .kernels import Features, Problem, Weights, augmented_attention, fused_step
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
 
@@ -205,12 +205,12 @@ class LinearAttention(nn.Module):
                     torch.cat([past.document, tokens.document], dim=1),
                     torch.cat([past.position, tokens.position], dim=1),
                 )
-        k_features, gates = self._far_keys(keys)
+        k_features = self._far_keys(keys)
         if self.features:
-            query, factor = q if raw_q is None else raw_q, None
-            if hasattr(self, "lam_query"):
-                factor = (scale * query @ self.lam_query.to(query.dtype)).exp()
-            q_features = Features(query, self.phi_q, self.config.state == "delta", factor)
+            lam_query = getattr(self, "lam_query", None)
+            q_features = Features(
+                q if raw_q is None else raw_q, self.phi_q, self.config.state == "delta", scale, lam_query
+            )
 
         # Without linear heads there is only the cache to move on.
         out = q if not self.heads else augmented_attention(
@@ -220,7 +220,6 @@ class LinearAttention(nn.Module):
                 v=keys["v"],
                 q_features=q_features,
                 k_features=k_features,
-                gates=gates,
                 keys=tokens,
                 state=state,
                 ancestors=ancestors,
@@ -234,21 +233,20 @@ class LinearAttention(nn.Module):
         if ancestors is not None:
             cache.draft = Draft(new, self._far_keys)
         elif cache is not None:
-            phi_k = None if k_features is None else k_features.phi
+            phi_k, gates = (None, None) if k_features is None else (k_features.phi, k_features.gates)
             if steps and self.config.ring_size and cache.far is None:
                 cache.step(keys, phi_k, gates, tokens)
             else:
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
         return out
 
-    def _far_keys(self, keys: dict[str, Tensor]) -> tuple[Features | None, Gates | None]:
+    def _far_keys(self, keys: dict[str, Tensor]) -> Features | None:
         """What the far branch sees of keys."""
         if not self.features:
-            return None, None
-        content = keys.get("raw", keys["k"])
+            return None
         # Unit keys: what is written under a key by the delta rule is read back under it.
-        features = Features(content, self.phi_k, self.config.state == "delta")
-        return features, None if self.config.state == "additive" else self.gates(content)
+        unit, token_gates = self.config.state == "delta", getattr(self, "gates", None)
+        return Features(keys.get("raw", keys["k"]), self.phi_k, unit, token_gates=token_gates)
 
     def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
         batch, _, length, _ = k.shape

@@ -5,7 +5,8 @@ Only a token that has left every window, and the `slack` behind it, enters the s
 draft trees, and `crop` moves a cursor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,12 @@ class Draft:
 
     Attributes:
         keys: k, v and `raw` [B, H_kv, T, ..] of its nodes, by name.
-        describe: gives features and gates of any such keys.
+        describe: gives features and gates of any such keys, or None without far branch.
         far: of its nodes, what the cache's `far` is to have of them; None where fused kernels have not verified it.
     """
 
     keys: dict[str, Tensor]
-    describe: Callable[[dict[str, Tensor]], tuple[Features | None, Gates | None]]
+    describe: Callable[[dict[str, Tensor]], Features | None]
     far: dict[str, Tensor] | None = None
 
 
@@ -44,6 +45,7 @@ class LinearCacheLayer(CacheLayerMixin):
         state: sums over all other tokens that have left the ring, or None without far branch.
         far: what fused steps know of the ring's tokens (`kernels.fused.step.remember`), or None where something else
             has changed the cache since then.
+        ancestors: [T, T] of a draft tree while its nodes go through the model (`LinearCache.verifying`).
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
@@ -64,6 +66,7 @@ class LinearCacheLayer(CacheLayerMixin):
         self.sinks: dict[str, Tensor] = {}
         self.state: State | None = None
         self.far: dict[str, Tensor] | None = None
+        self.ancestors: Tensor | None = None
         self.draft: Draft | None = None
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
@@ -202,8 +205,8 @@ class LinearCacheLayer(CacheLayerMixin):
             torch.cat([past.document, torch.where(path >= 0, 0, PADDING)], dim=1),
             torch.cat([past.position, self.length[:, None] + depth], dim=1),
         )
-        features, gates = draft.describe(keys)
-        phi_k = None if features is None else features.phi
+        features = draft.describe(keys)
+        phi_k, gates = (None, None) if features is None else (features.phi, features.gates)
         self.append(keys, phi_k, gates, tokens, path.shape[1], None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -284,6 +287,23 @@ class LinearCache(Cache):
     def nbytes(self) -> int:
         """Bytes held by the linear layers."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, LinearCacheLayer))
+
+    @property
+    def length(self) -> Tensor:
+        """[B], tokens of each row's current document."""
+        return next(layer for layer in self.layers if isinstance(layer, LinearCacheLayer)).length
+
+    @contextmanager
+    def verifying(self, ancestors: Tensor) -> Iterator[None]:
+        """Meanwhile the tokens that a model is given are nodes of a draft tree; `accept` adds a path of them."""
+        layers = [layer for layer in self.layers if isinstance(layer, LinearCacheLayer)]
+        try:
+            for layer in layers:
+                layer.ancestors = ancestors
+            yield
+        finally:
+            for layer in layers:
+                layer.ancestors = None
 
     def accept(self, path: Tensor) -> None:
         """`LinearCacheLayer.accept` on every linear layer."""

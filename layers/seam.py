@@ -20,6 +20,7 @@ from transformers.generation import GenerationMode
 from .attention import LinearAttention
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
+from .speculative import speculate
 from .tokens import segments_from_cu_seqlens
 
 IMPLEMENTATION = "linearize"
@@ -158,6 +159,9 @@ class LinearizedMixin:
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
         return {index: module.linear_attention for index, module in attention_modules(self).items()}
+
+    # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
+    speculate = staticmethod(speculate)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         wants_cache = generation_config.use_cache is not False and generation_mode != GenerationMode.CONTRASTIVE_SEARCH
@@ -383,6 +387,7 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
         sink_q=inputs.sink_q,
         segments=inputs.segments,
         cache=inputs.cache,
+        ancestors=None if inputs.cache is None else inputs.cache.ancestors,
         sliding_window=inputs.sliding_window,
     )
     return out.transpose(1, 2)

@@ -174,12 +174,23 @@ class MedusaSection(Training):
         heads: head i, counted from 0, predicts the token i + 1 places after the next one.
         projection: whether the heads share the model's output projection or own one each.
         decay: the loss of head i is weighted by `decay ** i`.
+        own_text: tokens of text that the converted model writes for its heads to train on, going on from pieces of the
+            training data: they are to guess the model, not the data. None: the data.
     """
 
     heads: Positive = 4
     projection: Literal["shared", "own"] = "shared"
     decay: Annotated[float, Field(gt=0)] = 0.8
+    own_text: Positive | None = None
     lr: LearningRate = 1e-3
+
+    @field_validator("own_text")
+    @classmethod
+    def _fills_a_sequence(cls, tokens: int | None, info: ValidationInfo) -> int | None:
+        length = info.data.get("length")
+        if tokens and length and tokens < 2 * length:
+            raise ValueError(f"{tokens} tokens are too few for sequences of {length}; use {2 * length} or more")
+        return tokens
 
 
 class ExportSection(Section):

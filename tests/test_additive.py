@@ -58,7 +58,7 @@ def make(config, heads=2, kv_heads=1, dim=16, value_dim=None, dtype=torch.float3
         state = State(S, torch.rand(batch, kv_heads, layer.features, generator=generator).to(DEVICE) * 20)
     leaves = {"q": q, "k": k, "v": v, **dict(layer.named_parameters())}
     problem = Problem(
-        q, k, v, Features(q, layer.phi_q), Features(k, layer.phi_k), None, tokens, state, None, config,
+        q, k, v, Features(q, layer.phi_q), Features(k, layer.phi_k), tokens, state, None, config,
         layer.weights(q.device), dim**-0.5,
     )  # fmt: skip
     return layer, problem, leaves

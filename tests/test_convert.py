@@ -116,6 +116,34 @@ def test_from_redoes_a_stage_and_those_after_it(linearize, tmp_path, recipe):
     assert before != perplexities(tmp_path / "run")
 
 
+def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
+    path = recipe(transfer=None, finetune=None, evaluate=None, export=None)
+    text = ("medusa.own_text=150", "medusa.length=50")
+    converted(linearize, path, *text)
+    written = tmp_path / "run" / "medusa" / "own_text" / "000000.safetensors"
+    rows = load_file(written)["ids"]
+    assert rows.shape == (3, 50)
+
+    from rich.console import Console
+
+    from linearize.convert.context import Context
+    from linearize.convert.medusa import own_texts
+    from linearize.convert.models import merged_model
+    from linearize.recipes.loader import load_recipe
+
+    context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
+    base, prompts = merged_model(context), rows[:, :32]
+    arguments = {"max_length": 50, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(base.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments), rows)
+    data = "".join(map(chr, next(iter(context.training_documents[0])).tolist()))
+    assert all("".join(map(chr, row.tolist())) in data for row in prompts)
+
+    # What is written already is not written again.
+    base.generate = None
+    ends = [row.tolist() for row in own_texts(context, base, context.recipe.medusa)]
+    assert all(end == row[: len(end)] for end, row in zip(ends, rows.tolist(), strict=True))
+
+
 def test_only_needs_the_stages_before(linearize, recipe):
     path = recipe()
     result = linearize("convert", path, "--only", "finetune")
@@ -221,6 +249,30 @@ print("\\n" + json.dumps([torch.equal(cached.sequences, plain.sequences), type(c
 """,
     )
     assert json.loads(out.splitlines()[-1]) == [True, "LinearCache", "user the and of "]
+
+
+def test_export_decodes_speculatively(finished, linearize):
+    """With the heads and the tree that it carries, by itself and by the command line."""
+    run, *_ = finished
+    out = load_elsewhere(
+        run / "export" / "model",
+        """
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+ids = torch.arange(10, 30).view(1, -1)
+arguments = dict(pad_token_id=1, max_new_tokens=40, do_sample=False)
+plain = model.generate(ids, **arguments)
+texts = [model.generate(ids, **arguments, custom_generate=how, trust_remote_code=True)
+         for how in (str(directory), model.speculate)]
+print("\\n" + json.dumps([torch.equal(plain, text) for text in texts]))
+""",
+    )
+    assert json.loads(out.splitlines()[-1]) == [True, True]
+    tree = json.loads((run / "export" / "model" / "config.json").read_text())["medusa"]["tree"]
+    assert tree == state(run, "medusa")["metrics"]["tree"]
+    prompt = ("chat", run, "--prompt", "the and of", "--max-new-tokens", 20)
+    plain, speculative = linearize(*prompt, "--json"), linearize(*prompt, "--json", "--speculative")
+    assert json.loads(speculative.stdout) == json.loads(plain.stdout), speculative.stderr
+    assert json.loads(plain.stdout)["reply"] in linearize(*prompt, "--speculative").stdout.replace("\n", "")
 
 
 def test_export_is_refused_without_trust_remote_code(finished):

@@ -26,7 +26,15 @@ CONFIGS = {
 }
 # RMS of the error over that of what is expected: sums of some hundred products in single precision; for bfloat16 what
 # the rounding of features, states and weights adds up to.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
+
+
+def tolerance_of(name, dtype):
+    """In bfloat16 gradients by features pass two more roundings, which softmax's own gradient, a difference, enlarges
+    (plain PyTorch on such features: 1.3e-2); in the few numbers that all tokens share, terms of both signs cancel."""
+    if dtype == torch.float32 or name in ("out", "q", "k", "v", "sink_q", "conv"):
+        return TOLERANCE[dtype]
+    return 1e-2 if name in ("raw_q", "raw_k", "lam_query") or name.startswith("phi") else 5e-2
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +86,7 @@ def poison():
 
 def check(config, segments=None, **sizes):
     layer, inputs = make(config, **sizes)
-    tolerance = TOLERANCE[inputs[0].dtype]
+    dtype = inputs[0].dtype
     reference, exact_inputs = exact(layer, inputs)
     valid = torch.ones(inputs[0].shape[0], 1, inputs[0].shape[2], 1, device=DEVICE, dtype=torch.bool)
     if segments is not None:
@@ -89,7 +97,7 @@ def check(config, segments=None, **sizes):
     layer.backend = "fused"
     poison()
     actual = run(layer, inputs, segments=segments)
-    close(actual.where(valid, 0), expected.where(valid, 0), tolerance, "out")
+    close(actual.where(valid, 0), expected.where(valid, 0), tolerance_of("out", dtype), "out")
 
     def gradients(out, layer, inputs):
         leaves = [*inputs, *layer.parameters()]
@@ -101,7 +109,8 @@ def check(config, segments=None, **sizes):
     for name, x, y in zip(names, found, gradients(expected, reference, exact_inputs), strict=True):
         assert (x is None) == (y is None), name
         if x is not None:
-            close(x.where(valid, 0) if x.dim() == 4 else x, y.where(valid, 0) if y.dim() == 4 else y, tolerance, name)
+            x, y = (z.where(valid, 0) if z.dim() == 4 else z for z in (x, y))
+            close(x, y, tolerance_of(name, dtype), name)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE if DEVICE == "cuda" else [torch.float32])

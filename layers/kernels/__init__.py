@@ -36,23 +36,38 @@ class Features:
 
     Attributes:
         x: [B, H, T, D], to which `map` is applied.
-        unit: whether features are scaled to length 1; then they are multiplied by `factor` [B, H, T, 1], if any.
+        unit: whether features are scaled to length 1.
+        scale, lam_query: of queries, whose features are multiplied by exp(scale x.lam_query) if there are such weights
+            [H, D, 1].
+        token_gates: of keys, what makes their gates, if the state's rule has any.
     """
 
     x: Tensor
     map: nn.Module
     unit: bool = False
-    factor: Tensor | None = None
+    scale: float = 1.0
+    lam_query: Tensor | None = None
+    token_gates: nn.Module | None = None
 
     @cached_property
-    def phi(self) -> Tensor:
-        """[B, H, T, F]."""
+    def _computed(self) -> tuple[Tensor, Gates | None]:
         if features is not None and features.fuses(self.x, self.map):
-            return features.hedgehog(self.x, self.map.weight, self.factor, self.unit)
+            return features.hedgehog(self.x, self.map, self.unit, self.scale, self.lam_query, self.token_gates)
         phi = self.map(self.x)
         if self.unit:
             phi = nn.functional.normalize(phi, dim=-1)
-        return phi if self.factor is None else phi * self.factor
+        if self.lam_query is not None:
+            phi = phi * (self.scale * self.x @ self.lam_query.to(self.x.dtype)).exp()
+        return phi, None if self.token_gates is None else self.token_gates(self.x)
+
+    @property
+    def phi(self) -> Tensor:
+        """[B, H, T, F]."""
+        return self._computed[0]
+
+    @property
+    def gates(self) -> Gates | None:
+        return self._computed[1]
 
 
 @dataclass
@@ -62,7 +77,6 @@ class Problem:
     Attributes:
         q: [B, H, T, D], after the rotary embedding; q_features: of the same, or None without far branch.
         k: [B, H_kv, K, D]; v: [B, H_kv, K, D_v]; k_features: of the keys, or None.
-        gates: of the K keys, where the state's rule has any.
         keys: document and position of the K keys, remembered ones first; the queries are the last T.
         state: sums over the tokens of document 0 that are not among the keys, or None.
         ancestors: [T, T] bool for a draft tree: node i sees remembered tokens and node j where true. None: causal.
@@ -75,7 +89,6 @@ class Problem:
     v: Tensor
     q_features: Features | None
     k_features: Features | None
-    gates: Gates | None
     keys: Tokens
     state: State | None
     ancestors: Tensor | None
@@ -97,6 +110,11 @@ class Problem:
     def phi_k(self) -> Tensor | None:
         """[B, H_kv, K, F]."""
         return None if self.k_features is None else self.k_features.phi
+
+    @property
+    def gates(self) -> Gates | None:
+        """Of the K keys, where the state's rule has any."""
+        return None if self.k_features is None else self.k_features.gates
 
 
 def enter(gates: Gates | None, keys: Tokens, config: LinearAttentionConfig) -> Gates | None:

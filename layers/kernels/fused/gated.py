@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..chunked import Layout, chunk_size
-from .gated_attend import backward_conv, backward_far, backward_keys, backward_queries, backward_states, forward
+from .gated_attend import SINK_ROWS, forward
+from .gated_backward import backward_conv, backward_far, backward_keys, backward_queries, backward_states
 from .gated_state import prepare, prepare_back, walk, walk_back
 from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, results, room, rows_last, strides
 
@@ -29,7 +30,6 @@ LAUNCH = {
     "walk_back": dict(num_warps=4, num_stages=2),
     "prepare_back": dict(num_warps=4, num_stages=1),
 }
-SINK_ROWS = 16
 # Maps whose features are never negative, so that no denominator is.
 POSITIVE = ("hedgehog", "elu1", "relu", "exp", "t2r")
 
@@ -42,8 +42,8 @@ def refuses(problem) -> str | None:
         return f"features are not of {', '.join(POSITIVE)}, or not under one denominator"
     if config.window is None or config.window_size != 64 or size != 64:
         return "windows are not of 64 tokens"
-    if config.sinks > SINK_ROWS or config.conv_taps > size - config.sinks:
-        return f"there are more than {SINK_ROWS} sinks, or the convolution reaches further than the window"
+    if config.sinks > SINK_ROWS.value or config.conv_taps > size - config.sinks:
+        return f"there are more than {SINK_ROWS.value} sinks, or the convolution reaches further than the window"
     if problem.ancestors is not None or problem.q.shape[2] < 2:
         return "draft trees and single tokens are small"
     if v.dtype not in DTYPES:

@@ -246,6 +246,6 @@ def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor)
         *strides(k, v, k if raw is None else raw), batch, path.shape[1], nodes, ring["v"].shape[2],
         KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=_block(value_dim), F=width, BF=_block(width), FEATURES=32,
         SINKS=cache.config.sinks, FOLD=FOLD, DELTA=cache.config.state == "delta",
-        P="tf32" if v.dtype == torch.bfloat16 else "ieee", num_warps=8,
+        P="tf32" if v.dtype == torch.bfloat16 else "ieee", num_warps=4,
     )  # fmt: skip
     cache.seen += path.shape[1]

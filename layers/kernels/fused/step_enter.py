@@ -7,7 +7,7 @@ second kernel may move the counters on.
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, projection
+from .tiles import LOG2E, projection, sigmoid, softplus
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def gates_of(x, W, b, head, D: tl.constexpr, BD: tl.constexpr):
     at = W + (head * D + column) * 2
     fading = tl.sum(unit * tl.load(at, mask=column < D, other=0.0)[None, :], axis=1) + tl.load(b + head * 2)
     writing = tl.sum(unit * tl.load(at + 1, mask=column < D, other=0.0)[None, :], axis=1) + tl.load(b + head * 2 + 1)
-    softplus = tl.maximum(fading, 0.0) + tl.log(1.0 + tl.exp2(-tl.abs(fading) * LOG2E))
-    return -softplus, tl.sigmoid(writing)
+    return -softplus(fading), sigmoid(writing)
 
 
 @triton.jit(do_not_specialize=["B"])

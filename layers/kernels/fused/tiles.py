@@ -158,6 +158,19 @@ def band_of(conv, head, C: tl.constexpr, TAPS: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)); decays are small, and 1 + exp would round them off."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    small = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e / 5))))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.05, small, tl.log(1.0 + e))
+
+
+@triton.jit
 def nonzero(x):
     return tl.where(tl.abs(x) < TINY, TINY, x)
 

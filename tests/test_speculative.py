@@ -1,0 +1,241 @@
+"""Speculative decoding returns what plain decoding returns."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import StoppingCriteria
+
+from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.draft import DraftTree
+from linearize.layers.medusa import MedusaHeads
+from linearize.layers.seam import install
+from linearize.layers.speculative import attach_heads
+
+from .families import tiny_model
+
+CHAIN = DraftTree.of([[0], [0, 0], [0, 0, 0]])
+BUSHY = DraftTree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 2]])
+SMALL = {
+    "augmented": replace(PRESETS["augmented"], window_size=5, sinks=2, conv_taps=3, slack=6, sink_distance=9),
+    "augmented-icml": replace(PRESETS["augmented-icml"], window_size=4, conv_taps=3, slack=6),
+    "lolcats": replace(PRESETS["lolcats"], window_size=3, slack=6),
+    "hedgehog": replace(PRESETS["hedgehog"], slack=6),
+    "swa": replace(PRESETS["swa"], window_size=6, sinks=2, slack=6, sink_distance=9),
+}
+
+
+def make(config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None, family: str = "llama"):
+    """A tiny model in float64 whose far branch and heads are at work; the heads guess right now and then."""
+    model = install(tiny_model(family), config, kept).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "linear_attention" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.2
+        elif "embed_tokens" in name or "lm_head" in name:
+            parameter.data *= 20  # texts that vary, and no ties
+    heads = MedusaHeads(model.get_output_embeddings(), max([1, *tree.depths]), "shared").double()
+    attach_heads(model, heads, tree)
+    return model
+
+
+def prompts(rows=3, length=11, seed=0):
+    """Left-padded rows of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 99, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 3 * row] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def both(model, inputs, **keywords):
+    keywords = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | keywords
+    plain = model.generate(**inputs, **keywords)
+    return plain, model.generate(**inputs, **keywords, custom_generate=model.speculate)
+
+
+@pytest.mark.parametrize("tree", [CHAIN, BUSHY, DraftTree((-1,), (0,))], ids=["chain", "bushy", "no guesses"])
+@pytest.mark.parametrize("name", SMALL)
+def test_greedy_texts_are_equal(name, tree):
+    """Across every boundary of windows and rings, with rows that accept different lengths."""
+    model = make(SMALL[name], tree)
+    plain, speculative = both(model, prompts())
+    assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma3_text", "gpt2", "qwen3", "stablelm"])
+def test_families(family):
+    config = SMALL["augmented"] if family != "gpt2" else replace(SMALL["augmented"], sink_distance=None)
+    plain, speculative = both(make(config, family=family), prompts())
+    assert torch.equal(plain, speculative)
+
+
+def test_layers_that_know_no_trees():
+    model = make(SMALL["augmented"], family="lfm2")
+    with pytest.raises(ValueError, match="cannot verify a tree; decode without speculation"):
+        model.generate(**prompts(), max_new_tokens=3, custom_generate=model.speculate)
+
+
+def test_kept_heads():
+    model = make(SMALL["augmented"], kept={0: (1,), 1: (0, 1)})
+    plain, speculative = both(model, prompts())
+    assert torch.equal(plain, speculative)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_tree_and_batch(data):
+    draw = data.draw
+    ranks = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=8))
+    paths = {tuple(path[: i + 1]) for path in ranks for i in range(len(path))}
+    tree = DraftTree.of([list(path) for path in paths])
+    if not paths:
+        tree = DraftTree.of([[0]])
+    model = make(SMALL[draw(st.sampled_from(sorted(SMALL)))], tree)
+    inputs = prompts(draw(st.integers(1, 3)), draw(st.integers(7, 30)), draw(st.integers(0, 99)))
+    plain, speculative = both(model, inputs, max_new_tokens=draw(st.integers(1, 30)))
+    assert torch.equal(plain, speculative)
+
+
+def test_guesses_are_accepted():
+    """Heads that know what comes: fewer forward passes than tokens."""
+    model = make(SMALL["augmented"], CHAIN)
+    inputs = prompts(1)
+    text = model.generate(**inputs, max_new_tokens=31, do_sample=False, eos_token_id=None)
+    calls = []
+
+    class Knowing(torch.nn.Module):
+        blocks = model.__dict__["draft"][0].blocks
+
+        def forward(self, hidden, output):
+            at = inputs["input_ids"].shape[1] + sum(calls)
+            calls.append(4)
+            ahead = text[:, at + 1 : at + 4]
+            logits = torch.nn.functional.one_hot(ahead, 99).double()
+            return [logits[:, i : i + 1] for i in range(3)]
+
+    model.__dict__["draft"] = Knowing(), CHAIN
+    found = model.generate(
+        **inputs, max_new_tokens=29, do_sample=False, eos_token_id=None, custom_generate=model.speculate
+    )
+    assert torch.equal(found, text[:, : found.shape[1]])
+    assert len(calls) == 7  # 1 + 7 x 4 tokens
+
+
+def test_ends_processors_and_criteria_are_generates():
+    model = make(SMALL["lolcats"])
+    inputs = prompts()
+    text, _ = both(model, inputs)
+    end = int(text[1, 20])
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([bool((row == int(text[0, 25])).any()) for row in input_ids])
+
+    for keywords in (
+        {"eos_token_id": [end]},
+        {"eos_token_id": [end], "min_new_tokens": 15},
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[end]]},
+        # Without a token that ends texts, plain decoding goes on in rows that are done.
+        {"stopping_criteria": [After()], "eos_token_id": [98]},
+    ):
+        plain, speculative = both(model, inputs, **keywords)
+        assert torch.equal(plain, speculative), keywords
+
+
+def test_the_cache_afterwards_is_that_of_plain_decoding():
+    model = make(SMALL["augmented"])
+    caches = [x.past_key_values for x in both(model, prompts(), return_dict_in_generate=True)]
+    for plain, speculative in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(plain.length, speculative.length)
+        torch.testing.assert_close(plain.state.S, speculative.state.S)
+
+
+def test_tokens_are_streamed_in_order():
+    class Streamer:
+        def __init__(self):
+            self.tokens, self.ended = [], False
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, inputs, streamer = make(SMALL["augmented"]), prompts(1), Streamer()
+    text = model.generate(
+        **inputs, max_new_tokens=20, do_sample=False, custom_generate=model.speculate, token_streamer=streamer
+    )
+    assert streamer.tokens == text[0, inputs["input_ids"].shape[1] :].tolist() and streamer.ended
+
+
+def test_samples_are_of_the_models_distribution():
+    """Chi-square of the second and third tokens against plain sampling's exact probabilities."""
+    model = make(SMALL["augmented"])
+    rows = 3000
+    ids = torch.full((rows, 6), 7) + torch.arange(6)
+    torch.manual_seed(0)
+    settings = {"max_new_tokens": 3, "do_sample": True, "top_k": 3, "temperature": 3.0, "eos_token_id": None}
+    found = model.generate(ids, **settings, custom_generate=model.speculate)[:, 6:]
+    probabilities = Counter({(): 1.0})
+    for _ in range(3):
+        longer = Counter()
+        for way, share in probabilities.items():
+            with torch.no_grad():
+                logits = model(torch.cat([ids[0], torch.tensor(way, dtype=torch.long)])[None]).logits[0, -1] / 3.0
+            top = logits.topk(3)
+            for token, p in zip(top.indices.tolist(), top.values.softmax(-1).tolist(), strict=True):
+                longer[(*way, token)] += share * p
+        probabilities = longer
+    counts = Counter(map(tuple, found.tolist()))
+    assert set(counts) <= set(probabilities)
+    chi = sum((counts[way] - rows * p) ** 2 / (rows * p) for way, p in probabilities.items())
+    # 26 degrees of freedom: mean 26, standard deviation 7.2; 5 of these away.
+    assert chi < 26 + 5 * math.sqrt(52)
+
+
+def test_prompt_lookup_of_transformers():
+    model = make(SMALL["augmented"])
+    inputs = {name: x[:1] for name, x in prompts().items()}
+    keywords = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(**inputs, **keywords)
+    assert torch.equal(plain, model.generate(**inputs, **keywords, prompt_lookup_num_tokens=4))
+
+
+def test_grown_trees():
+    accuracy = [[0.6, 0.2, 0.1], [0.5, 0.3, 0.0]]
+    tree = DraftTree.grown(accuracy, 4)
+    assert tree.paths == [[0], [1], [0, 0]]
+    assert tree.expected(accuracy) == pytest.approx(1 + 0.6 + 0.2 + 0.3)
+    assert len(DraftTree.grown(accuracy, 99).parents) == 1 + 3 + 9
+    assert tree.ancestors.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    assert tree.ways.tolist() == [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
+
+
+@pytest.mark.parametrize("paths", [[[0], [0]], [[0, 1]], [[]], [[-1]]])
+def test_paths_that_are_no_tree(paths):
+    with pytest.raises(ValueError, match="tree: "):
+        DraftTree.of(paths)
+
+
+def test_bad_input():
+    model = make(SMALL["augmented"])
+    inputs = prompts()
+    with pytest.raises(ValueError, match="num_beams=2: speculative decoding does not do this"):
+        model.generate(**inputs, num_beams=2, custom_generate=model.speculate)
+    deep = DraftTree.of([[0] * (i + 1) for i in range(7)])
+    with pytest.raises(ValueError, match="7 guesses deep, for 3 heads and a cache that keeps 6 tokens"):
+        attach_heads(model, model.__dict__["draft"][0], deep)
+    other = MedusaHeads(torch.nn.Linear(8, 99), 1, "shared")
+    with pytest.raises(ValueError, match="of a model with 8 hidden units, this one has 32"):
+        attach_heads(model, other, CHAIN)
+    del model.__dict__["draft"]
+    with pytest.raises(ValueError, match="no draft heads"):
+        model.generate(**inputs, custom_generate=model.speculate)
