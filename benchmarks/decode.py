@@ -20,20 +20,13 @@ from torch.nn.attention import sdpa_kernel
 
 from linearize.layers.cache import LinearCacheLayer
 from linearize.layers.config import PRESETS
+from linearize.layers.draft import DraftTree
 
 
 def new_tokens(batch: int, heads: int, kv_heads: int, length: int = 1) -> list[torch.Tensor]:
     return [
         torch.randn(batch, n, length, DIM, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
     ]
-
-
-def ancestors_of(nodes: int) -> torch.Tensor:
-    """[n, n] bool of a binary tree, level by level."""
-    order = torch.eye(nodes, dtype=torch.bool)
-    for node in range(1, nodes):
-        order[node] |= order[(node - 1) // 2]
-    return order.cuda()
 
 
 def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int, nodes: int) -> tuple[float, float, int]:
@@ -51,7 +44,7 @@ def linear(preset: str, backend: str, batch: int, heads: int, kv_heads: int, nod
     size = cache.nbytes
     layer.backend = backend
     token, tree = (new_tokens(batch, heads, kv_heads, length) for length in (1, nodes))
-    ancestors = ancestors_of(nodes)
+    ancestors = DraftTree(tuple((node - 1) // 2 for node in range(nodes)), (0,) * nodes).ancestors.cuda()
     step = milliseconds(lambda: call(*token), "mean")
     return step * 1e3, milliseconds(lambda: call(*tree, ancestors)) * 1e3, size
 
