@@ -199,24 +199,23 @@ def verify(
     phi_q = v.new_empty(batch, heads, nodes, width)
     phi_k = v.new_empty(batch, kv_heads, nodes, width)
     node_decay, node_beta = state.z.new_empty(2, batch, kv_heads, nodes)
-    depth = torch.empty(nodes, dtype=torch.int32, device=v.device)
 
     both, first, second = _constants(layer, v)
-    # More rows of products in single precision would need more registers than there are.
-    largest = 64 if v.dtype == torch.bfloat16 else 16
-    rows = min(largest, _block(nodes))
+    # Nodes, and queries, of a program: more would need more registers than there are.
+    rows, tile = (32, 64) if v.dtype == torch.bfloat16 else (16, 16)
+    queries = heads // kv_heads * nodes
+    rows, tile = min(rows, _block(nodes)), min(tile, _block(queries))
     turning = kv_heads * triton.cdiv(value_dim, 32) if both["DELTA"] else 0
     tree_enter.enter[turning + heads + kv_heads, triton.cdiv(nodes, rows), batch](
-        raw_q, raw_k, phi_q, phi_k, node_decay, node_beta, depth, ancestors, *_learned(layer),
+        raw_q, raw_k, phi_q, phi_k, node_decay, node_beta, ancestors, *_learned(layer),
         ring["v"], *far, state.S, state.z, cache.length, cache.count, scale,
         *strides(raw_q, raw_k), heads, nodes, slots,
-        BV=32, BF=second["BF"], FEATURES=min(128, second["BF"]), BT=_block(nodes), BR=second["BR"], W=second["W"],
+        BV=32, BF=second["BF"], FEATURES=min(128, second["BF"]), BR=second["BR"], W=second["W"],
         BLOCK=32, TURNING=turning, ROWS=rows, num_warps=4, num_stages=2, **both, **first,
     )  # fmt: skip
-    queries = heads // kv_heads * nodes
-    tile, columns = min(largest, _block(queries)), min(32, _block(value_dim))
+    columns = min(32, _block(value_dim))
     tree_attend.attend[triton.cdiv(value_dim, columns), triton.cdiv(queries, tile), batch * kv_heads](
-        q, sink_q, k, v, phi_q, phi_k, node_decay, depth, ancestors, out,
+        q, sink_q, k, v, phi_q, phi_k, node_decay, ancestors, out,
         ring["k"], ring["v"], sinks["k"], sinks["v"], *far[:4], state.S, state.z, cache.length, cache.count,
         *_parameters(layer, *SCALARS[config.combine]), scale, *strides(q, sink_q, k, v, out), nodes, slots,
         BQ=tile, BV=columns, FEATURES=min(64, second["BF"]), REACH=config.reach, BLOCK=32,

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .step_attend import add_near, prefetch, slot_of
 from .tiles import LOG2E, LOWEST, nonzero
+from .tree_enter import depths
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def taps_of(conv, h, distance, is_tap, TAPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def attend(
-    q, sink_q, k, v, phi_q, phi_k, node_decay, depth, ancestors, out,
+    q, sink_q, k, v, phi_q, phi_k, node_decay, ancestors, out,
     ring_k, ring_v, sink_k, sink_v, ring_phi, u, mass, log_decay, S, z, length, count, gate, far_weight, conv, scale,
     q_b, q_h, q_t, sink_q_b, sink_q_h, sink_q_t, k_b, k_h, k_t, v_b, v_h, v_t, out_b, out_h, out_t, T, R,
     KV: tl.constexpr, GROUPS: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr,
@@ -46,23 +47,13 @@ def attend(
             prefetch(ring_k, row, R, D)
         prefetch(ring_v, row, R, V)
         prefetch(ring_phi, row, R, F)
-    g = tl.full([BQ], 1.0, tl.float32)
-    if gate is not None:
-        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
-    lam = tl.full([BQ], 1.0, tl.float32)
-    if far_weight is not None:
-        lam = tl.load(far_weight + h, mask=asks, other=0.0)
-        if SHARED:
-            lam = FAR_UNIT * tl.maximum(lam, 0.0)
     to_q = q + batch * q_b + h[:, None].to(tl.int64) * q_h + node[:, None] * q_t + column_d[None, :]
     qs = tl.load(to_q, mask=asked, other=0.0)
     to_q = sink_q + batch * sink_q_b + h[:, None].to(tl.int64) * sink_q_h + node[:, None] * sink_q_t + column_d[None, :]
     new = tl.load(length + batch).to(tl.int32)
     held = tl.load(count + batch).to(tl.int32)
     latest = new % R
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    e = tl.load(depth + node)
+    e = depths(ancestors, node, T)
     # Tokens at this distance from the roots and further are far.
     if WINDOW == "sliding":
         turned = W - e
@@ -72,6 +63,66 @@ def attend(
         turned = (new + e) % W + W + 1 - e
     else:
         turned = -e
+
+    # Near tokens, and the convolution.
+    m = tl.full([BQ], LOWEST, tl.float32)
+    near_sum = tl.zeros([BQ], tl.float32)
+    near_o = tl.zeros([BQ, BV], tl.float32)
+    conv_o = tl.zeros([BQ, BV], tl.float32)
+    for first in range(1, tl.minimum(REACH, held) + 1, BLOCK):
+        d = first + tl.arange(0, BLOCK)
+        at = row * R + slot_of(d, latest, R)
+        here = d <= held
+        values = tl.load(
+            ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0
+        )
+        if WINDOW != "none":
+            body = here & (d <= new - SINKS)
+            keys = tl.load(
+                ring_k + at[:, None] * D + column_d[None, :], mask=body[:, None] & inside_d[None, :], other=0.0
+            )
+            scores = tl.dot(qs, tl.trans(keys), input_precision=P) * (scale * LOG2E)
+            is_near = body[None, :] & (d[None, :] < turned[:, None])
+            m, near_sum, near_o = add_near(scores, is_near, values, m, near_sum, near_o, P)
+        if TAPS:
+            taps = taps_of(conv, h, d[None, :] + e[:, None], asks[:, None] & here[None, :], TAPS)
+            conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
+
+    # The node itself and its ancestors: not loaded ahead, which would take more registers than there are.
+    for first in tl.range(0, T, BLOCK, num_stages=1):
+        other = first + tl.arange(0, BLOCK)
+        exists = other < T
+        seen = tl.load(
+            ancestors + node[:, None] * T + other[None, :], mask=asks[:, None] & exists[None, :], other=0
+        ) != 0  # fmt: skip
+        d = -depths(ancestors, other, T)
+        is_sink = (new - d < SINKS)[None, :]
+        to_v = v + batch * v_b + kv_h * v_h + other[:, None] * v_t + column_v[None, :]
+        values = tl.load(to_v, mask=exists[:, None] & inside_v[None, :], other=0.0)
+        if WINDOW != "none":
+            to_k = k + batch * k_b + kv_h * k_h + other[:, None] * k_t + column_d[None, :]
+            keys = tl.load(to_k, mask=exists[:, None] & inside_d[None, :], other=0.0)
+            scores = tl.dot(qs, tl.trans(keys), input_precision=P) * (scale * LOG2E)
+            if SINKS > 0 and new < SINKS:
+                as_sink = tl.dot(tl.load(to_q, mask=asked, other=0.0), tl.trans(keys), input_precision=P)
+                scores = tl.where(is_sink, as_sink * (scale * LOG2E), scores)
+            is_near = seen & (is_sink | (d[None, :] < turned[:, None]))
+            m, near_sum, near_o = add_near(scores, is_near, values, m, near_sum, near_o, P)
+        if TAPS:
+            taps = taps_of(conv, h, d[None, :] + e[:, None], seen, TAPS)
+            conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
+    if SINKS:
+        position = tl.arange(0, BS)
+        there = (position < SINKS) & (position < new)
+        at_sink = (row * SINKS + position)[:, None]
+        first_k = tl.load(sink_k + at_sink * D + column_d[None, :], mask=there[:, None] & inside_d[None, :], other=0.0)
+        first_v = tl.load(sink_v + at_sink * V + column_v[None, :], mask=there[:, None] & inside_v[None, :], other=0.0)
+        scores = tl.dot(tl.load(to_q, mask=asked, other=0.0), tl.trans(first_k), input_precision=P) * (scale * LOG2E)
+        m, near_sum, near_o = add_near(scores, there[None, :], first_v, m, near_sum, near_o, P)
+
+    # What is not known before the first kernel has ended.
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
     # What is in the state is far from all.
     far_o = tl.zeros([BQ, BV], tl.float32)
@@ -119,30 +170,7 @@ def attend(
             left = tl.load(ring_v + at[:, None] * V + column_v[None, :], mask=values, other=0.0)
             far_o = tl.dot(b.to(left.dtype), left, far_o, input_precision=P)
 
-    # Near tokens, and the convolution.
-    m = tl.full([BQ], LOWEST, tl.float32)
-    near_sum = tl.zeros([BQ], tl.float32)
-    near_o = tl.zeros([BQ, BV], tl.float32)
-    conv_o = tl.zeros([BQ, BV], tl.float32)
-    for first in range(1, tl.minimum(REACH, held) + 1, BLOCK):
-        d = first + tl.arange(0, BLOCK)
-        at = row * R + slot_of(d, latest, R)
-        here = d <= held
-        values = tl.load(
-            ring_v + at[:, None] * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0
-        )
-        if WINDOW != "none":
-            body = here & (d <= new - SINKS)
-            keys = tl.load(
-                ring_k + at[:, None] * D + column_d[None, :], mask=body[:, None] & inside_d[None, :], other=0.0
-            )
-            scores = tl.dot(qs, tl.trans(keys), input_precision=P) * (scale * LOG2E)
-            is_near = body[None, :] & (d[None, :] < turned[:, None])
-            m, near_sum, near_o = add_near(scores, is_near, values, m, near_sum, near_o, P)
-        if TAPS:
-            taps = taps_of(conv, h, d[None, :] + e[:, None], asks[:, None] & here[None, :], TAPS)
-            conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
-    # The node itself and its ancestors: not loaded ahead, which would take more registers than there are.
+    # Nodes are near to each other by the delta rule, but what is in the past fades on the way to each.
     path = tl.zeros([BQ], tl.float32)
     for first in tl.range(0, T, BLOCK, num_stages=1):
         other = first + tl.arange(0, BLOCK)
@@ -150,47 +178,32 @@ def attend(
         seen = tl.load(
             ancestors + node[:, None] * T + other[None, :], mask=asks[:, None] & exists[None, :], other=0
         ) != 0  # fmt: skip
-        above = tl.load(depth + other, mask=exists, other=0)
-        is_sink = (new + above < SINKS)[None, :]
-        d = -above
-        to_v = v + batch * v_b + kv_h * v_h + other[:, None] * v_t + column_v[None, :]
-        values = tl.load(to_v, mask=exists[:, None] & inside_v[None, :], other=0.0)
-        if WINDOW != "none":
-            to_k = k + batch * k_b + kv_h * k_h + other[:, None] * k_t + column_d[None, :]
-            keys = tl.load(to_k, mask=exists[:, None] & inside_d[None, :], other=0.0)
-            scores = tl.dot(qs, tl.trans(keys), input_precision=P) * (scale * LOG2E)
-            if SINKS > 0 and new < SINKS:
-                as_sink = tl.dot(tl.load(to_q, mask=asked, other=0.0), tl.trans(keys), input_precision=P)
-                scores = tl.where(is_sink, as_sink * (scale * LOG2E), scores)
-            is_near = seen & (is_sink | (d[None, :] < turned[:, None]))
-            m, near_sum, near_o = add_near(scores, is_near, values, m, near_sum, near_o, P)
-        if TAPS:
-            taps = taps_of(conv, h, d[None, :] + e[:, None], seen, TAPS)
-            conv_o = tl.dot(taps.to(values.dtype), values, conv_o, input_precision=P)
         at = row * T + other
         if DELTA:
-            # Nodes are near to each other, but what is in the past fades on the way to each.
             path += tl.sum(tl.where(seen, tl.load(node_decay + at, mask=exists, other=0.0)[None, :], 0.0), axis=1)
         else:
+            d = -depths(ancestors, other, T)
             keys = tl.load(phi_k + at[:, None] * F + feature[None, :], mask=exists[:, None] & inside_f, other=0.0)
-            is_far = seen & (d[None, :] >= turned[:, None]) & (new + above >= SINKS)[None, :]
+            is_far = seen & (d[None, :] >= turned[:, None]) & (new - d >= SINKS)[None, :]
             b = tl.where(is_far, tl.dot(phi, tl.trans(keys), input_precision=P), 0.0)
             far_sum += tl.sum(b, axis=1)
+            to_v = v + batch * v_b + kv_h * v_h + other[:, None] * v_t + column_v[None, :]
+            values = tl.load(to_v, mask=exists[:, None] & inside_v[None, :], other=0.0)
             far_o = tl.dot(b.to(values.dtype), values, far_o, input_precision=P)
-    if SINKS:
-        position = tl.arange(0, BS)
-        here = (position < SINKS) & (position < new)
-        at_sink = (row * SINKS + position)[:, None]
-        keys = tl.load(sink_k + at_sink * D + column_d[None, :], mask=here[:, None] & inside_d[None, :], other=0.0)
-        values = tl.load(sink_v + at_sink * V + column_v[None, :], mask=here[:, None] & inside_v[None, :], other=0.0)
-        scores = tl.dot(tl.load(to_q, mask=asked, other=0.0), tl.trans(keys), input_precision=P) * (scale * LOG2E)
-        m, near_sum, near_o = add_near(scores, here[None, :], values, m, near_sum, near_o, P)
     if DELTA:
         faded = tl.exp2(path * LOG2E)
         far_o *= faded[:, None]
         # What the rule corrects may overshoot; a denominator must not.
         far_sum = tl.maximum(far_sum * faded, 0.0)
 
+    g = tl.full([BQ], 1.0, tl.float32)
+    if gate is not None:
+        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
+    lam = tl.full([BQ], 1.0, tl.float32)
+    if far_weight is not None:
+        lam = tl.load(far_weight + h, mask=asks, other=0.0)
+        if SHARED:
+            lam = FAR_UNIT * tl.maximum(lam, 0.0)
     if SHARED:
         o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
     else:

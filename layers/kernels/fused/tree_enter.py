@@ -19,25 +19,28 @@ TURNED = tl.constexpr(16)
 
 
 @triton.jit
-def depths(ancestors, node, T, BT: tl.constexpr):
+def depths(ancestors, node, T):
     """How many ancestors each node has; -1 where there is none."""
-    other = tl.arange(0, BT)
-    inside = (node < T)[:, None] & (other < T)[None, :]
-    path = tl.load(ancestors + node[:, None] * T + other[None, :], mask=inside, other=0)
-    return tl.sum(path.to(tl.int32), axis=1) - 1
+    found = tl.full([node.shape[0]], -1, tl.int32)
+    for first in tl.range(0, T, 64, num_stages=1):
+        other = first + tl.arange(0, 64)
+        inside = (node < T)[:, None] & (other < T)[None, :]
+        path = tl.load(ancestors + node[:, None] * T + other[None, :], mask=inside, other=0)
+        found += tl.sum(path.to(tl.int32), axis=1)
+    return found
 
 
 @triton.jit
 def turn(
     row, columns, ancestors, ring_v, ring_phi, u, mass, log_decay, beta, S, z, new, held, T, R,
-    BT: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, FEATURES: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr, BF: tl.constexpr, FEATURES: tl.constexpr,
     BR: tl.constexpr, SINKS: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """u of the keys at distances from W, the nearest that is far to a root, down to the nearest that is far to the
     deepest node, for a block of value columns; d is the distance from the roots."""
     deepest = tl.full([], 0, tl.int32)
     for first in range(0, T, BLOCK):
-        deepest = tl.maximum(deepest, tl.max(depths(ancestors, first + tl.arange(0, BLOCK), T, BT), axis=0))
+        deepest = tl.maximum(deepest, tl.max(depths(ancestors, first + tl.arange(0, BLOCK), T), axis=0))
     column_v = columns * BV + tl.arange(0, BV)
     inside_v = column_v < V
     latest = new % R
@@ -105,12 +108,12 @@ def turn(
 
 @triton.jit(do_not_specialize=["H", "T"])
 def enter(
-    content_q, content_k, phi_q, phi_k, node_decay, node_beta, depth, ancestors,
+    content_q, content_k, phi_q, phi_k, node_decay, node_beta, ancestors,
     W_q, b_q, W_k, b_k, lam_query, W_gate, b_gate,
     ring_v, ring_phi, u, mass, log_decay, beta, S, z, length, count, scale,
     q_b, q_h, q_t, k_b, k_h, k_t, H, T, R,
     KV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr,
-    BF: tl.constexpr, FEATURES: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+    BF: tl.constexpr, FEATURES: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, BR: tl.constexpr,
     SINKS: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr, MAP: tl.constexpr, DELTA: tl.constexpr,
     TURNING: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -149,17 +152,14 @@ def enter(
             tl.store(to_phi, phi.to(phi_k.dtype.element_ty), mask=mask_y)
             if F > Y:
                 tl.store(to_phi + Y, other.to(phi_k.dtype.element_ty), mask=mask_y)
-            above = depths(ancestors, node, T, BT)
-            if (batch == 0) & (head == 0):
-                tl.store(depth + node, above, mask=inside)
             if DELTA:
+                is_sink = new + depths(ancestors, node, T) < SINKS
                 fading, writing = gates_of(x, W_gate, b_gate, head, D, BD)
-                is_sink = new + above < SINKS
                 tl.store(node_decay + at, tl.where(is_sink, 0.0, fading), mask=inside)
                 tl.store(node_beta + at, tl.where(is_sink, 0.0, writing), mask=inside)
     elif DELTA and tl.program_id(1) == 0:
         held = tl.load(count + batch).to(tl.int32)
         turn(
             batch * KV + task % KV, task // KV, ancestors, ring_v, ring_phi, u, mass, log_decay, beta, S, z,
-            new, held, T, R, BT, V, BV, F, BF, FEATURES, BR, SINKS, W, BLOCK, P,
+            new, held, T, R, V, BV, F, BF, FEATURES, BR, SINKS, W, BLOCK, P,
         )  # fmt: skip
