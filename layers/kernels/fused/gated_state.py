@@ -17,7 +17,7 @@ from .tiles import COPIES, LOG2E, SIZES, body_slots, carry_of, joined, load_rows
 
 
 @triton.jit
-def _inverse(A, C: tl.constexpr, P: tl.constexpr):
+def invert(A, C: tl.constexpr, P: tl.constexpr):
     """(I + A)^-1 [C, C] of a strictly lower A, C <= 64: of blocks of 8 on the diagonal by powers, D, and with what is
     left, N = D (A - blocks), again. Powers of more than 8 keys that are all alike would grow beyond what fp32 resolves.
     """
@@ -68,16 +68,16 @@ def prepare(
             phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
             A = tl.dot(phis, tl.trans(phis), A, input_precision=P)
         A = A * strength[:, None] * _faded(sums)
-        T_ = _inverse(A, C, "ieee" if dtype == tl.float32 else "tf32x3")
+        solve = invert(A, C, "ieee" if dtype == tl.float32 else "tf32x3")
         if STORE:
-            inverse.store([place, 0], T_.to(dtype))
-        T_ = T_ * strength[None, :]
-        tl.store(u_mass + slot, tl.sum(T_, axis=1))
-        u.store([place, 0], tl.dot(T_.to(dtype), vs, input_precision=P).to(dtype))
-        T_ = (T_ * tl.exp2(sums * LOG2E)[None, :]).to(dtype)
+            inverse.store([place, 0], solve.to(dtype))
+        solve = solve * strength[None, :]
+        tl.store(u_mass + slot, tl.sum(solve, axis=1))
+        u.store([place, 0], tl.dot(solve.to(dtype), vs, input_precision=P).to(dtype))
+        solve = (solve * tl.exp2(sums * LOG2E)[None, :]).to(dtype)
         for f in tl.static_range(0, BF, BLOCK_F):
             phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
-            W.store([place, f], tl.dot(T_, phis, input_precision=P).to(dtype))
+            W.store([place, f], tl.dot(solve, phis, input_precision=P).to(dtype))
     else:
         tl.store(u_mass + slot, enters.to(tl.float32))
         u.store([place, 0], tl.where(enters[:, None], vs, 0.0))
@@ -238,9 +238,9 @@ def prepare_back(
     dvs = dus.to(tl.float32)
     if DELTA:
         strength = tl.load(beta + row * T + token, mask=enters, other=0.0)
-        T_ = inverse.load([place, 0])
-        right = tl.dot(tl.trans(T_), dus, input_precision=P)
-        right_mass = tl.sum(T_.to(tl.float32) * dmass[:, None], axis=0)
+        solve = inverse.load([place, 0])
+        right = tl.dot(tl.trans(solve), dus, input_precision=P)
+        right_mass = tl.sum(solve.to(tl.float32) * dmass[:, None], axis=0)
         vs = load_rows(v, batch, head, c, 0, token, held, v_b, v_h, v_t, V, BV, C, INDEXED)
         dstrength = tl.sum(right * vs, axis=1) + right_mass
         dvs = right * strength[:, None]

@@ -9,7 +9,7 @@ where steps keep it, so what is accepted later finds u of all that it has made f
 import triton
 import triton.language as tl
 
-from .gated_state import _inverse
+from .gated_state import invert
 from .step_attend import slot_of
 from .step_enter import features, gates_of
 from .tiles import LOG2E
@@ -94,7 +94,7 @@ def turn(
         later = d[:, None] < d[None, :]
         b = tl.dot(phi, tl.trans(phi), input_precision=P)
         b *= tl.exp2(tl.where(later, since[None, :] - since[:, None], 0.0) * LOG2E)
-        solve = _inverse(tl.where(later, b * strength[:, None], 0.0), TURNED, "tf32x3" if P == "tf32" else P)
+        solve = invert(tl.where(later, b * strength[:, None], 0.0), TURNED, "tf32x3" if P == "tf32" else P)
         to_v = ring_v + at[:, None] * V + column_v[None, :]
         values = turns[:, None] & inside_v[None, :]
         v = tl.load(to_v, mask=values, other=0.0).to(tl.float32)
