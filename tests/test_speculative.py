@@ -201,12 +201,21 @@ def test_samples_are_of_the_models_distribution():
     assert chi < 26 + 5 * math.sqrt(52)
 
 
-def test_prompt_lookup_of_transformers():
-    model = make(SMALL["augmented"])
+@pytest.mark.parametrize("how", ["prompt lookup", "softmax assistant", "linear assistant"])
+@pytest.mark.parametrize("name", ["augmented", "lolcats"])
+def test_speculation_of_transformers(name, how):
+    """Their loops take guesses back by cropping the cache."""
+    model = make(SMALL[name])
     inputs = {name: x[:1] for name, x in prompts().items()}
     keywords = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
     plain = model.generate(**inputs, **keywords)
-    assert torch.equal(plain, model.generate(**inputs, **keywords, prompt_lookup_num_tokens=4))
+    if how == "prompt lookup":
+        speculation = {"prompt_lookup_num_tokens": 4}
+    else:
+        assistant = tiny_model("llama", 1).double().eval() if how == "softmax assistant" else make(SMALL[name])
+        assistant.generation_config.num_assistant_tokens = 4
+        speculation = {"assistant_model": assistant}
+    assert torch.equal(plain, model.generate(**inputs, **keywords, **speculation))
 
 
 def test_grown_trees():
