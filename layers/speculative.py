@@ -102,19 +102,17 @@ class _Text:
         ids: [B, L], padding behind a row's end; count: [B] its length; done: [B].
     """
 
-    def __init__(self, ids: Tensor, criteria, pad: int, streamer):
-        self.ids, self.criteria, self.pad, self.streamer = ids, criteria, pad, streamer
+    def __init__(self, ids: Tensor, max_length: int, criteria, pad: int, streamer):
+        self.ids = torch.nn.functional.pad(ids, (0, max(1, max_length - ids.shape[1])), value=pad)
+        self.criteria, self.streamer = criteria, streamer
         self.count = torch.full((len(ids),), ids.shape[1], device=ids.device)
         self.done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     def add(self, tokens: Tensor, present: Tensor) -> None:
         """One token [B] for each row that is not done, where `present` [B]."""
         present = present & ~self.done
-        if (self.count == self.ids.shape[1]).any():
-            room = torch.full((len(self.ids), max(32, self.ids.shape[1])), self.pad, device=self.ids.device)
-            self.ids = torch.cat([self.ids, room.to(self.ids.dtype)], dim=1)
-        at = self.count[:, None]
-        self.ids.scatter_(1, at, torch.where(present, tokens, self.pad)[:, None])
+        at = self.count.clamp(max=self.ids.shape[1] - 1)[:, None]
+        self.ids.scatter_(1, at, torch.where(present[:, None], tokens[:, None], self.ids.gather(1, at)))
         self.count = self.count + present
         if self.streamer is not None and present.any():
             self.streamer.put(tokens[present].cpu())
@@ -195,7 +193,8 @@ def speculate(
         raise ValueError(f"layers with {', '.join(sorted(others))} cannot verify a tree; decode without speculation")
     device = input_ids.device
     pad = generation_config._pad_token_tensor
-    text = _Text(input_ids, stopping_criteria, 0 if pad is None else int(pad), token_streamer)
+    pad = 0 if pad is None else int(pad)
+    text = _Text(input_ids, generation_config.max_length, stopping_criteria, pad, token_streamer)
     choose = _Choice(logits_processor, generation_config.do_sample)
     depths, ancestors, ways = (torch.as_tensor(x, device=device) for x in (tree.depths, tree.ancestors, tree.ways))
     parents, ranks = (torch.as_tensor(x, device=device) for x in (tree.parents, tree.ranks))
