@@ -32,20 +32,6 @@ torch.set_num_threads(1)
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
-# Sums of some hundred products, in single precision or (which the interpreter does not know) with factors of 10 bits.
-PRECISIONS = [("highest", 1e-5)] + ([("high", 5e-3)] if torch.cuda.is_available() else [])
-
-
-@pytest.fixture(params=PRECISIONS)
-def tolerance(request):
-    """Of a kernel's results at the precision of products that is set meanwhile."""
-    before = torch.get_float32_matmul_precision()
-    precision, tolerance = request.param
-    torch.set_float32_matmul_precision(precision)
-    yield tolerance
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.fixture
 def without_gradients():
     with torch.no_grad():
@@ -110,6 +96,29 @@ def linearize():
         return Result(code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def finished(linearize, tiny_model, tmp_path_factory):
+    """A finished run: (its directory, what convert printed, its recipe)."""
+    directory = tmp_path_factory.mktemp("finished")
+    training = "{steps: 6, batch_size: 2, length: 64, save_every: 2, lr: 0.01"
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(f"""\
+name: tiny
+output: {directory / "run"}
+model: {{source: {tiny_model}, license: mit, base_model: somebody/tiny}}
+attention: {{preset: augmented, window_size: 16, sinks: 2, conv_taps: 4, slack: 8}}
+data: {{train: {{source: "builtin:train"}}, heldout: {{source: "builtin:heldout"}}}}
+transfer: {training}, micro_batch_size: 1}}
+finetune: {training}, distill: 0.5}}
+medusa: {training}, heads: 2}}
+evaluate: {{tokens: 256, lengths: [64, 128], copying: {{texts: 2, length: 32}}, passkey: [100], recall: [4]}}
+export: {{}}
+""")
+    result = linearize("convert", recipe)
+    assert result.code == 0, result.stderr
+    return directory / "run", result.stdout, recipe
 
 
 @pytest.fixture

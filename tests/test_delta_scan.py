@@ -7,10 +7,22 @@ from linearize.layers.kernels.fused.delta_scan import delta_scan, solve_unit_low
 from linearize.layers.kernels.memory import walk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums of some hundred products, in single precision or (which the interpreter does not know) with factors of 10 bits.
+PRECISIONS = [("highest", 1e-5)] + ([("high", 5e-3)] if torch.cuda.is_available() else [])
 SIZES = [(1, 1, 16, 16, 7), (2, 3, 32, 16, 33)]
 if DEVICE == "cuda":
     # What must fit into shared memory; minutes in the interpreter.
     SIZES += [(2, 16, 64, features, 65) for features in (64, 128, 256)]
+
+
+@pytest.fixture(params=PRECISIONS)
+def tolerance(request):
+    """Of a kernel's results at the precision of products that is set meanwhile."""
+    before = torch.get_float32_matmul_precision()
+    precision, tolerance = request.param
+    torch.set_float32_matmul_precision(precision)
+    yield tolerance
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(("batch", "chunks", "size", "features", "columns"), SIZES)
