@@ -27,8 +27,6 @@ def reply(
     how = {"streamer": streamer}
     if speculative:
         how = {"custom_generate": model.speculate, "token_streamer": streamer}
-        if streamer is not None:
-            streamer.put(inputs["input_ids"][0])
     output = type(model).generate(
         model, **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **how
     )

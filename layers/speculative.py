@@ -174,8 +174,8 @@ def speculate(
     """The decoding loop; arguments are those that `generate` prepares for its own loops.
 
     Args:
-        token_streamer: gets the tokens of one sequence as they are accepted (transformers hands its `streamer` to no
-            loop but its own).
+        token_streamer: gets one sequence, the prompt and then tokens as they are accepted (transformers hands its
+            `streamer` to no loop but its own).
 
     Raises:
         ValueError: for a model without heads, one whose other layers cannot verify trees, or settings of `generate`
@@ -195,6 +195,8 @@ def speculate(
     pad = generation_config._pad_token_tensor
     pad = 0 if pad is None else int(pad)
     text = _Text(input_ids, generation_config.max_length, stopping_criteria, pad, token_streamer)
+    if token_streamer is not None:
+        token_streamer.put(input_ids.cpu())
     choose = _Choice(logits_processor, generation_config.do_sample)
     depths, ancestors, ways = (torch.as_tensor(x, device=device) for x in (tree.depths, tree.ancestors, tree.ways))
     parents, ranks = (torch.as_tensor(x, device=device) for x in (tree.parents, tree.ranks))
