@@ -187,7 +187,7 @@ class LinearAttention(nn.Module):
             if steps:
                 return fused_step.step(self, cache, q, k, v, raw_q, raw_k, sink_q, scale)
             out, far = fused_step.verify(self, cache, q, k, v, raw_q, raw_k, sink_q, scale, ancestors)
-            cache.draft = Draft(keys, self._far_keys, far)
+            cache.draft = Draft(keys, self.far_keys, far)
             return out
         new, q_features = keys, None
         if cache is None:
@@ -205,7 +205,7 @@ class LinearAttention(nn.Module):
                     torch.cat([past.document, tokens.document], dim=1),
                     torch.cat([past.position, tokens.position], dim=1),
                 )
-        k_features = self._far_keys(keys)
+        k_features = self.far_keys(keys)
         if self.features:
             lam_query = getattr(self, "lam_query", None)
             q_features = Features(
@@ -231,7 +231,7 @@ class LinearAttention(nn.Module):
             self.backend,
         )
         if ancestors is not None:
-            cache.draft = Draft(new, self._far_keys)
+            cache.draft = Draft(new, self.far_keys)
         elif cache is not None:
             phi_k, gates = (None, None) if k_features is None else (k_features.phi, k_features.gates)
             if steps and self.config.ring_size and cache.far is None:
@@ -240,7 +240,7 @@ class LinearAttention(nn.Module):
                 cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
         return out
 
-    def _far_keys(self, keys: dict[str, Tensor]) -> Features | None:
+    def far_keys(self, keys: dict[str, Tensor]) -> Features | None:
         """What the far branch sees of keys."""
         if not self.features:
             return None

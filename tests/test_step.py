@@ -28,6 +28,17 @@ TOLERANCES = {torch.float32: 1e-5} | ({torch.bfloat16: 1e-2} if DEVICE == "cuda"
 CASES = [*((name, 2, 2, 16) for name in CONFIGS), ("augmented", 8, 1, 16), ("augmented", 2, 1, 64)]
 
 
+def random_layers(config, heads, kv_heads, dim, normal):
+    """A layer with random parameters by torch, and the same by the reference in double precision."""
+    layer = LinearAttention(config, heads, kv_heads, dim).to(DEVICE)
+    for parameter in layer.parameters():
+        parameter.copy_(normal(*parameter.shape) * 0.3)
+    layer.backend = "torch"
+    exact = deepcopy(layer).double()
+    exact.backend = "reference"
+    return layer, exact
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name, rows, kv_heads, dim", CASES)
 def test_steps(name, rows, kv_heads, dim, dtype, without_gradients):
@@ -40,12 +51,7 @@ def test_steps(name, rows, kv_heads, dim, dtype, without_gradients):
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    layer = LinearAttention(config, heads, kv_heads, dim).to(DEVICE)
-    for parameter in layer.parameters():
-        parameter.copy_(normal(*parameter.shape) * 0.3)
-    layer.backend = "torch"
-    exact = deepcopy(layer).double()
-    exact.backend = "reference"
+    layer, exact = random_layers(config, heads, kv_heads, dim, normal)
     tokens = {"q": heads, "k": kv_heads, "v": kv_heads}
     if config.rope == "before":
         tokens |= {"raw_q": heads, "raw_k": kv_heads, "sink_q": heads}

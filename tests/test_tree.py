@@ -1,6 +1,5 @@
 """Draft trees verified by fused kernels, and what is accepted of them, equal the reference in double precision."""
 
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from linearize.layers.cache import Draft, LinearCacheLayer
 from linearize.layers.kernels.fused import step
 
 from .layers import ancestors_of
-from .test_step import CONFIGS, DEVICE, TOLERANCES
+from .test_step import CONFIGS, DEVICE, TOLERANCES, random_layers
 
 BRANCHING = ancestors_of([-1, 0, 0, 1, 2, 4, 5, 6, 3, -1])
 CASES = {name: (config, 4, 2, BRANCHING) for name, config in CONFIGS.items()}
@@ -34,12 +33,7 @@ def test_trees(name, dtype, without_gradients):
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    layer = LinearAttention(config, heads, kv_heads, dim).to(DEVICE)
-    for parameter in layer.parameters():
-        parameter.copy_(normal(*parameter.shape) * 0.3)
-    layer.backend = "torch"
-    exact = deepcopy(layer).double()
-    exact.backend = "reference"
+    layer, exact = random_layers(config, heads, kv_heads, dim, normal)
     cache, wanted = LinearCacheLayer(config), LinearCacheLayer(config)
 
     def tokens(length):
@@ -80,7 +74,7 @@ def test_trees(name, dtype, without_gradients):
         path[2, accepted - 1 :] = -1
         held = cache.count.clone()
         keys = {"k": x["k"], "v": x["v"]} | ({"raw": x["raw_k"]} if "raw_k" in x else {})
-        cache.draft = Draft(keys, layer._far_keys, far)
+        cache.draft = Draft(keys, layer.far_keys, far)
         for either in (cache, wanted):
             either.accept(path)
         full |= cache.far is not None and (cache.count < held).any()

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..chunked import chunk_size
 from .additive_backward import backward_keys, backward_queries
 from .additive_forward import forward, scan
-from .shape import DTYPES, INDEPENDENT_PROGRAMS, PROGRAMS, Shape, results, room, rows_last, strides
+from .shape import DTYPES, INDEPENDENT_PROGRAMS, PROGRAMS, Shape, refused, results, room, rows_last, strides
 
 MAPS = ("elu1", "hedgehog", "t2r")
 LAUNCH = {
@@ -31,8 +31,8 @@ def refuses(problem) -> str | None:
     """Why these kernels cannot do `problem`, or None."""
     config, k, v = problem.config, problem.k, problem.v
     size = chunk_size(config)
-    if problem.q_features is None:
-        return "there is no far branch"
+    if reason := refused(problem):
+        return reason
     if config.feature_map not in MAPS:
         return f"feature_map {config.feature_map} is none of {', '.join(MAPS)}"
     if config.state != "additive" or config.sinks or config.far_weight == "query":
@@ -43,15 +43,9 @@ def refuses(problem) -> str | None:
         return "features are not of q and k after the rotary embedding"
     if not 16 <= size <= 128 or size & (size - 1):
         return f"chunks of {size} tokens are no power of 2 from 16 to 128"
-    if problem.ancestors is not None or problem.q.shape[2] < 2:
-        return "draft trees and single tokens are small"
-    if v.dtype not in DTYPES:
-        return f"they do not compute in {v.dtype}"
     largest = 64 if v.dtype == torch.float32 else 256
     if max(k.shape[-1], v.shape[-1], problem.k_features.map.dim) > largest:
         return f"heads or features are larger than {largest}, which is what fits shared memory in {v.dtype}"
-    if problem.state is not None and problem.state.S.requires_grad:
-        return "the state needs a gradient"
     return None
 
 

@@ -14,18 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from ...feature_maps import Hedgehog
 from ..memory import Gates
-from .tiles import LOG2E, sigmoid, softplus
+from .tiles import LOG2E, sigmoid, softmax, softplus
 
 ROWS = 32
-
-
-@triton.jit
-def _softmax(x, Y: tl.constexpr):
-    """Over the first Y columns; the others are 0."""
-    if x.shape[1] > Y:
-        x = tl.where((tl.arange(0, x.shape[1]) < Y)[None, :], x, float("-inf"))
-    x = tl.exp(x - tl.max(x, axis=1)[:, None])
-    return x / tl.sum(x, axis=1)[:, None]
 
 
 @triton.jit
@@ -42,8 +33,8 @@ def _halves(
     at = W + head * D * Y + d[:, None] * Y + y[None, :]
     weight = tl.load(at, mask=(d < D)[:, None] & (y < Y)[None, :], other=0.0)
     projected = tl.dot(xs, weight, input_precision=P)
-    up = _softmax(projected, Y)
-    down = _softmax(-projected, Y)
+    up = softmax(projected, Y)
+    down = softmax(-projected, Y)
     scale = tl.full([ROWS], 1.0, tl.float32)
     if UNIT:
         scale = tl.rsqrt(tl.sum(up * up, axis=1) + tl.sum(down * down, axis=1))

@@ -16,7 +16,7 @@ from ..chunked import Layout, chunk_size
 from .gated_attend import SINK_ROWS, forward
 from .gated_backward import backward_conv, backward_far, backward_keys, backward_queries, backward_states
 from .gated_state import prepare, prepare_back, walk, walk_back
-from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, results, room, rows_last, strides
+from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, refused, results, room, rows_last, strides
 
 LAUNCH = {
     "prepare": dict(num_warps=4, num_stages=1),
@@ -38,23 +38,19 @@ def refuses(problem) -> str | None:
     """Why these kernels cannot do `problem`, or None."""
     config, k, v = problem.config, problem.k, problem.v
     size = chunk_size(config)
+    if reason := refused(problem):
+        return reason
     if config.feature_map not in POSITIVE or config.combine != "shared":
         return f"features are not of {', '.join(POSITIVE)}, or not under one denominator"
     if config.window is None or config.window_size != 64 or size != 64:
         return "windows are not of 64 tokens"
     if config.sinks > SINK_ROWS.value or config.conv_taps > size - config.sinks:
         return f"there are more than {SINK_ROWS.value} sinks, or the convolution reaches further than the window"
-    if problem.ancestors is not None or problem.q.shape[2] < 2:
-        return "draft trees and single tokens are small"
-    if v.dtype not in DTYPES:
-        return f"they do not compute in {v.dtype}"
     largest = 64 if v.dtype == torch.float32 else 128
     if max(k.shape[-1], v.shape[-1]) > largest or problem.k_features.map.dim > 2 * largest:
         return f"heads are larger than {largest}, or features than twice that, which is what fits in {v.dtype}"
     if k.shape[-1] % 16 or v.shape[-1] % 16:
         return "heads are not multiples of 16"
-    if problem.state is not None and problem.state.S.requires_grad:
-        return "the state needs a gradient"
     return None
 
 

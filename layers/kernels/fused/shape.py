@@ -72,6 +72,19 @@ class Shape:
         return [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in tensors]
 
 
+def refused(problem) -> str | None:
+    """Why no fused layer takes `problem`, or None."""
+    if problem.q_features is None:
+        return "there is no far branch"
+    if problem.ancestors is not None or problem.q.shape[2] < 2:
+        return "draft trees and single tokens are small"
+    if problem.v.dtype not in DTYPES:
+        return f"they do not compute in {problem.v.dtype}"
+    if problem.state is not None and problem.state.S.requires_grad:
+        return "the state needs a gradient"
+    return None
+
+
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of batch, head and token."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])

@@ -69,13 +69,12 @@ def remember(layer, cache) -> None:
     keys, tokens = cache.recall({name: x[:, :, :0] for name, x in cache.ring.items()})
     keys = {name: x[:, :, sinks:] for name, x in keys.items()}
     tokens = Tokens(tokens.document[:, sinks:], tokens.position[:, sinks:])
-    content = keys.get("raw", keys["k"])
-    phi = layer.phi_k(content)
+    features = layer.far_keys(keys)
+    phi = features.phi
     if config.state != "delta":
         far = {"phi": phi}
     else:
-        phi = torch.nn.functional.normalize(phi, dim=-1)
-        gates = layer.gates(content).where((tokens.valid & (tokens.position >= sinks))[:, None])
+        gates = features.gates.where((tokens.valid & (tokens.position >= sinks))[:, None])
         order = torch.ones(2 * phi.shape[2:3], dtype=torch.bool, device=phi.device).tril(-1)
         precedes = order & tokens.valid[:, None, :] & tokens.valid[:, :, None]
         u, _ = far_values(phi.float(), keys["v"].float(), gates, precedes, cache.state, tokens.valid)
@@ -139,10 +138,9 @@ def step(
     arguments are those of the layer."""
     batch, heads, _, _ = q.shape
     kv_heads, value_dim, width = k.shape[1], v.shape[3], layer.features
-    config, sinks, state = layer.config, cache.sinks, cache.state
     if cache.far is None:
         remember(layer, cache)
-    ring, slots = cache.ring, config.ring_size + FOLD
+    ring, sinks, state, slots = cache.ring, cache.sinks, cache.state, layer.config.ring_size + FOLD
     far = [cache.far.get(name) for name in FAR]
     q, k, v, raw_q, raw_k, sink_q = (None if x is None else x.contiguous() for x in (q, k, v, raw_q, raw_k, sink_q))
     out = q.new_empty(batch, heads, 1, value_dim, dtype=v.dtype)
@@ -171,7 +169,7 @@ def step(
     attend[triton.cdiv(value_dim, columns), programs](
         q, q if sink_q is None else sink_q, phi_q, out, ring["k"], ring["v"], sinks["k"], sinks["v"], *far,
         state.S, state.z, clock, cache.length, cache.count, cache.segment,
-        *_parameters(layer, *SCALARS[config.combine]), scale, batch, slots,
+        *_parameters(layer, *SCALARS[layer.config.combine]), scale, batch, slots,
         BG=_block(heads // kv_heads + delta), BV=columns, FOLD=FOLD, PREFETCH=both["OVERLAP"] and programs <= 32,
         num_warps=4, **launch, **both, **second,
     )  # fmt: skip
@@ -187,10 +185,9 @@ def verify(
     `accept` needs to know of them; the arguments are those of the layer."""
     batch, heads, nodes, _ = q.shape
     kv_heads, value_dim, width = k.shape[1], v.shape[3], layer.features
-    config, sinks, state = layer.config, cache.sinks, cache.state
     if cache.far is None:
         remember(layer, cache)
-    ring, slots = cache.ring, config.ring_size + FOLD
+    ring, sinks, state, slots = cache.ring, cache.sinks, cache.state, layer.config.ring_size + FOLD
     far = [cache.far.get(name) for name in FAR]
     ancestors = ancestors.contiguous().view(torch.int8)
     q, k, v, raw_q, raw_k, sink_q = (_dense(x) for x in (q, k, v, raw_q, raw_k, sink_q))
@@ -217,8 +214,8 @@ def verify(
     tree_attend.attend[triton.cdiv(value_dim, columns), triton.cdiv(queries, tile), batch * kv_heads](
         q, sink_q, k, v, phi_q, phi_k, node_decay, ancestors, out,
         ring["k"], ring["v"], sinks["k"], sinks["v"], *far[:4], state.S, state.z, cache.length, cache.count,
-        *_parameters(layer, *SCALARS[config.combine]), scale, *strides(q, sink_q, k, v, out), nodes, slots,
-        BQ=tile, BV=columns, FEATURES=min(64, second["BF"]), REACH=config.reach, BLOCK=32,
+        *_parameters(layer, *SCALARS[layer.config.combine]), scale, *strides(q, sink_q, k, v, out), nodes, slots,
+        BQ=tile, BV=columns, FEATURES=min(64, second["BF"]), REACH=layer.config.reach, BLOCK=32,
         PREFETCH=both["OVERLAP"] and batch * kv_heads <= 32, num_warps=4, num_stages=3, **both, **second,
     )  # fmt: skip
     return out, {"phi": phi_k, "log_decay": node_decay, "beta": node_beta}

@@ -89,6 +89,29 @@ def add_near(scores, allowed, v, m, near_sum, near_o, P: tl.constexpr):
     return highest, near_sum * shrunk + tl.sum(a, axis=1), near_o
 
 
+@triton.jit
+def scalars(gate, far_weight, h, asks, SHARED: tl.constexpr, FAR_UNIT: tl.constexpr):
+    """g and lam of heads h, where they ask."""
+    g = tl.full([h.shape[0]], 1.0, tl.float32)
+    if gate is not None:
+        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
+    lam = tl.full([h.shape[0]], 1.0, tl.float32)
+    if far_weight is not None:
+        lam = tl.load(far_weight + h, mask=asks, other=0.0)
+        if SHARED:
+            lam = FAR_UNIT * tl.maximum(lam, 0.0)
+    return g, lam
+
+
+@triton.jit
+def combined(g, near_o, near_sum, lam, far_o, far_sum, SHARED: tl.constexpr):
+    if SHARED:
+        o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
+    else:
+        o = near_o * (g / nonzero(near_sum))[:, None] + far_o * (lam / nonzero(far_sum))[:, None]
+    return o
+
+
 @triton.jit(do_not_specialize=["B"])
 def attend(
     q, sink_q, phi_q, out, ring_k, ring_v, sink_k, sink_v, ring_phi, u, mass, log_decay, beta,
@@ -121,14 +144,7 @@ def attend(
         if SINKS:
             prefetch(sink_k, row, SINKS, D)
             prefetch(sink_v, row, SINKS, V)
-    g = tl.full([BG], 1.0, tl.float32)
-    if gate is not None:
-        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
-    lam = tl.full([BG], 1.0, tl.float32)
-    if far_weight is not None:
-        lam = tl.load(far_weight + h, mask=asks, other=0.0)
-        if SHARED:
-            lam = FAR_UNIT * tl.maximum(lam, 0.0)
+    g, lam = scalars(gate, far_weight, h, asks, SHARED, FAR_UNIT)
     qs = tl.load(q + at_q[:, None] * D + column_d[None, :], mask=asked, other=0.0)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -252,10 +268,7 @@ def attend(
         # What the rule corrects may overshoot; a denominator must not.
         far_sum = tl.maximum(far_sum + b_turned * mass_turned, 0.0)
 
-    if SHARED:
-        o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
-    else:
-        o = near_o * (g / nonzero(near_sum))[:, None] + far_o * (lam / nonzero(far_sum))[:, None]
+    o = combined(g, near_o, near_sum, lam, far_o, far_sum, SHARED)
     at_o = at_q[:, None] * V + column_v[None, :]
     tl.store(out + at_o, (o + conv_o).to(out.dtype.element_ty), mask=asks[:, None] & inside_v[None, :])
     if (tl.program_id(0) == 0) & (kv_h == 0):

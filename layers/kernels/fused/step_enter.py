@@ -7,7 +7,7 @@ second kernel may move the counters on.
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, projection, sigmoid, softplus
+from .tiles import LOG2E, projection, sigmoid, softmax, softplus
 
 
 @triton.jit
@@ -31,18 +31,12 @@ def features(
             phi = tl.maximum(y + bias[None, :], 0.0)
             other = tl.zeros_like(phi)
         else:
-            phi = softmax(tl.where(column < Y, y, float("-inf")))
-            other = softmax(tl.where(column < Y, -y, float("-inf")))
+            phi = softmax(y, Y)
+            other = softmax(-y, Y)
     if UNIT:
         squares = tl.sum(tl.where(column < Y, phi * phi + other * other, 0.0), axis=1)
         factor /= tl.maximum(tl.sqrt(squares), 1e-12)
     return phi * factor[:, None], other * factor[:, None]
-
-
-@triton.jit
-def softmax(y):
-    y = tl.exp2((y - tl.max(y, axis=1, keep_dims=True)) * LOG2E)
-    return tl.maximum(y / tl.sum(y, axis=1, keep_dims=True), 1e-12)
 
 
 @triton.jit

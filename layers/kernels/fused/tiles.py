@@ -158,6 +158,15 @@ def band_of(conv, head, C: tl.constexpr, TAPS: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def softmax(x, Y: tl.constexpr):
+    """Over the first Y columns; the others are 0."""
+    if x.shape[1] > Y:
+        x = tl.where((tl.arange(0, x.shape[1]) < Y)[None, :], x, float("-inf"))
+    x = tl.exp2((x - tl.max(x, axis=1)[:, None]) * LOG2E)
+    return x / tl.sum(x, axis=1)[:, None]
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 

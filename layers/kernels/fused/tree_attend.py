@@ -7,9 +7,9 @@ that a query of depth e is d + e from it; a verified token has d > 0, a node d =
 import triton
 import triton.language as tl
 
-from .step_attend import add_near, prefetch, slot_of
-from .tiles import LOG2E, LOWEST, nonzero
-from .tree_enter import depths
+from .step_attend import add_near, combined, prefetch, scalars, slot_of
+from .tiles import LOG2E, LOWEST
+from .tree_enter import depths, on_path
 
 
 @triton.jit
@@ -92,9 +92,7 @@ def attend(
     for first in tl.range(0, T, BLOCK, num_stages=1):
         other = first + tl.arange(0, BLOCK)
         exists = other < T
-        seen = tl.load(
-            ancestors + node[:, None] * T + other[None, :], mask=asks[:, None] & exists[None, :], other=0
-        ) != 0  # fmt: skip
+        seen = on_path(ancestors, node, other, asks, T) != 0
         d = -depths(ancestors, other, T)
         is_sink = (new - d < SINKS)[None, :]
         to_v = v + batch * v_b + kv_h * v_h + other[:, None] * v_t + column_v[None, :]
@@ -175,9 +173,7 @@ def attend(
     for first in tl.range(0, T, BLOCK, num_stages=1):
         other = first + tl.arange(0, BLOCK)
         exists = other < T
-        seen = tl.load(
-            ancestors + node[:, None] * T + other[None, :], mask=asks[:, None] & exists[None, :], other=0
-        ) != 0  # fmt: skip
+        seen = on_path(ancestors, node, other, asks, T) != 0
         at = row * T + other
         if DELTA:
             path += tl.sum(tl.where(seen, tl.load(node_decay + at, mask=exists, other=0.0)[None, :], 0.0), axis=1)
@@ -196,17 +192,7 @@ def attend(
         # What the rule corrects may overshoot; a denominator must not.
         far_sum = tl.maximum(far_sum * faded, 0.0)
 
-    g = tl.full([BQ], 1.0, tl.float32)
-    if gate is not None:
-        g = tl.sigmoid(tl.load(gate + h, mask=asks, other=0.0))
-    lam = tl.full([BQ], 1.0, tl.float32)
-    if far_weight is not None:
-        lam = tl.load(far_weight + h, mask=asks, other=0.0)
-        if SHARED:
-            lam = FAR_UNIT * tl.maximum(lam, 0.0)
-    if SHARED:
-        o = (g[:, None] * near_o + lam[:, None] * far_o) / nonzero(g * near_sum + lam * far_sum)[:, None]
-    else:
-        o = near_o * (g / nonzero(near_sum))[:, None] + far_o * (lam / nonzero(far_sum))[:, None]
+    g, lam = scalars(gate, far_weight, h, asks, SHARED, FAR_UNIT)
+    o = combined(g, near_o, near_sum, lam, far_o, far_sum, SHARED)
     to_o = out + batch * out_b + h[:, None] * out_h + node[:, None] * out_t + column_v[None, :]
     tl.store(to_o, (o + conv_o).to(out.dtype.element_ty), mask=asks[:, None] & inside_v[None, :])

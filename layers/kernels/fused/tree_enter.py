@@ -19,13 +19,18 @@ TURNED = tl.constexpr(16)
 
 
 @triton.jit
+def on_path(ancestors, node, other, asks, T):
+    """[nodes, others] 1 where a node that asks is the other one or comes after it, else 0."""
+    mask = asks[:, None] & (other < T)[None, :]
+    return tl.load(ancestors + node[:, None] * T + other[None, :], mask=mask, other=0)
+
+
+@triton.jit
 def depths(ancestors, node, T):
     """How many ancestors each node has; -1 where there is none."""
     found = tl.full([node.shape[0]], -1, tl.int32)
     for first in tl.range(0, T, 64, num_stages=1):
-        other = first + tl.arange(0, 64)
-        inside = (node < T)[:, None] & (other < T)[None, :]
-        path = tl.load(ancestors + node[:, None] * T + other[None, :], mask=inside, other=0)
+        path = on_path(ancestors, node, first + tl.arange(0, 64), node < T, T)
         found += tl.sum(path.to(tl.int32), axis=1)
     return found
 
