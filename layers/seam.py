@@ -20,6 +20,7 @@ from transformers.generation import GenerationMode
 from .attention import LinearAttention
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
+from .decoding import Choice, decode, knows
 from .speculative import speculate
 from .tokens import segments_from_cu_seqlens
 
@@ -162,6 +163,22 @@ class LinearizedMixin:
 
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
     speculate = staticmethod(speculate)
+
+    def _sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        **model_kwargs,
+    ):  # fmt: skip
+        """transformers' loop, greedy or sampling; on a GPU our own, whose steps are CUDA graphs, where it does all
+        that is asked for."""
+        known = knows(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        if input_ids.is_cuda and known and not synced_gpus:
+            choose = Choice(logits_processor, generation_config.do_sample)
+            return decode(
+                self, input_ids, choose, stopping_criteria, generation_config, model_kwargs, streamer=streamer
+            )
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         wants_cache = generation_config.use_cache is not False and generation_mode != GenerationMode.CONTRASTIVE_SEARCH

@@ -239,6 +239,10 @@ def test_bad_input():
     inputs = prompts()
     with pytest.raises(ValueError, match="num_beams=2: speculative decoding does not do this"):
         model.generate(**inputs, num_beams=2, custom_generate=model.speculate)
+    with pytest.raises(ValueError, match="typical_acceptance is for sampling"):
+        model.generate(**inputs, do_sample=False, custom_generate=model.speculate, typical_acceptance=0.1)
+    with pytest.raises(ValueError, match="typical_acceptance=2 is no share"):
+        model.generate(**inputs, do_sample=True, custom_generate=model.speculate, typical_acceptance=2)
     deep = DraftTree.of([[0] * (i + 1) for i in range(7)])
     with pytest.raises(ValueError, match="7 guesses deep, for 3 heads and a cache that keeps 6 tokens"):
         attach_heads(model, model.__dict__["draft"][0], deep)

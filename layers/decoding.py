@@ -1,0 +1,304 @@
+"""The decoding loop of `generate`: one forward pass per step, of the last token or of a tree of guesses behind it.
+
+Each token is chosen from the model's own logits, by argmax or by drawing from them, and a guess is accepted where it is
+the token so chosen: what comes out does not depend on whether, or what, is guessed. The state is read, never copied;
+accepted tokens enter it afterwards. On a GPU a step is replayed as a CUDA graph (`graphs`).
+"""
+
+import inspect
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .cache import LinearCache
+from .draft import DraftTree
+from .graphs import Replay, refuses
+from .medusa import MedusaHeads
+
+# Processors that look at nothing but the scores.
+CONTEXT_FREE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+# Criteria that need no more than how many tokens there are, and which is the latest.
+SIMPLE = (MaxLengthCriteria, EosTokenCriteria)
+# What `generate` prepares for a model that reads text alone.
+TEXT_ALONE = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+ALONE = DraftTree((-1,), (0,))
+
+
+class Choice:
+    """Which token follows each node, by what `generate` was asked for.
+
+    Args:
+        typical: epsilon of typical acceptance, or None for guesses to be right only where they were chosen.
+    """
+
+    def __init__(self, processors, sample: bool, typical: float | None = None):
+        self.processors, self.sample, self.typical = processors, sample, typical
+        self.reads_text = not all(isinstance(processor, CONTEXT_FREE) for processor in processors)
+
+    @property
+    def settings(self) -> tuple:
+        """What a captured choice is fixed to."""
+        return self.sample, self.typical, *((type(x), *vars(x).values()) for x in self.processors)
+
+    def __call__(
+        self, logits: Tensor, rows: list[Tensor], tokens: Tensor, tree: DraftTree, parents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T] tokens of logits [B, T, V], and whether each node [B, T] is right if its ancestors are.
+
+        Args:
+            parents: [T] of the tree's nodes, of node 0 any.
+            rows: where `reads_text`, the tokens of each row before node 0, which is the first of `tokens` [B, T].
+        """
+        scores = logits.float()
+        if not self.reads_text:
+            for processor in self.processors:
+                scores = processor(None, scores.flatten(0, 1)).view_as(scores)
+        else:
+            scores = scores.clone()
+            for row, ids in enumerate(rows):
+                for node, depth in enumerate(tree.depths):
+                    way = tokens[row, tree.ways[node, : depth + 1].to(tokens.device)]
+                    # Rows end in different places, and some processors know rows by their number.
+                    seen = torch.cat([ids, way]).expand(len(rows), -1)
+                    scores[row, node] = self.processors(seen, scores[row, node].expand(len(rows), -1))[row]
+        if not self.sample:
+            chosen = scores.argmax(-1)
+            return chosen, tokens == chosen[:, parents]
+        share = scores.softmax(-1)
+        # As torch.multinomial draws, which waits for the device to check its input.
+        chosen = (share / torch.empty_like(share).exponential_()).argmax(-1)
+        if self.typical is None:
+            return chosen, tokens == chosen[:, parents]
+        entropy = torch.special.entr(share).sum(-1)
+        bound = (self.typical**0.5 * (-entropy).exp()).clamp(max=self.typical)
+        return chosen, share[:, parents].gather(-1, tokens.unsqueeze(-1)).squeeze(-1) > bound[:, parents]
+
+
+class Rows:
+    """How far each row has come, and what ends it.
+
+    Attributes:
+        count: [B], tokens of its text; done: [B]; limit: [], the most tokens; ends: [E], tokens that end it.
+        others: criteria that read the text.
+    """
+
+    def __init__(self, count: Tensor, criteria):
+        self.count, self.done = count, torch.zeros_like(count, dtype=torch.bool)
+        limits = [x.max_length for x in criteria if isinstance(x, MaxLengthCriteria)]
+        self.limit = count.new_tensor(min(limits, default=torch.iinfo(torch.long).max))
+        ends = [x.eos_token_id.flatten().to(count.device) for x in criteria if isinstance(x, EosTokenCriteria)]
+        self.ends = torch.cat(ends) if ends else count.new_empty(0)
+        self.others = [x for x in criteria if not isinstance(x, SIMPLE)]
+
+    def add(self, new: Tensor, rows: list[Tensor]) -> Tensor:
+        """New tokens [B, n], -1 behind a row's last: the same without those that come after a row's end.
+
+        Args:
+            rows: where there are `others`, the text of each row so far.
+        """
+        step = torch.arange(1, new.shape[1] + 1, device=new.device)
+        last = torch.isin(new, self.ends) | (self.count[:, None] + step >= self.limit)
+        for criterion in self.others:
+            for row, ids in enumerate(rows):
+                for end in range(1, int((new[row] >= 0).sum()) + 1):
+                    text = torch.cat([ids, new[row, :end]]).expand(len(rows), -1)
+                    last[row, end - 1] |= criterion(text, None)[row]
+        behind = last.cumsum(1) > last.long()
+        new = torch.where(behind | self.done[:, None], -1, new)
+        present = new >= 0
+        self.count.add_(present.sum(1))
+        self.done.logical_or_((last & present).any(1))
+        return new
+
+
+class Step:
+    """One forward pass and what is chosen by it. All that it changes stays where it is in memory.
+
+    Attributes:
+        last: [B], each row's latest token, not in the cache yet; hidden: [B, C], what heads guess from.
+    """
+
+    def __init__(
+        self, model, cache: LinearCache, choose: Choice, rows: Rows, draft: tuple[MedusaHeads, DraftTree] | None,
+        last: Tensor, hidden: Tensor,
+    ):  # fmt: skip
+        self.model, self.cache, self.choose, self.rows, self.draft = model, cache, choose, rows, draft
+        self.last, self.hidden = last, hidden
+        self.heads, self.tree = (None, ALONE) if draft is None else draft
+        tree = self.tree
+        self.depths, self.ancestors, self.ways, self.ranks, self.parents = (
+            torch.as_tensor(x, device=last.device)
+            for x in (tree.depths, tree.ancestors, tree.ways, tree.ranks, (0, *tree.parents[1:]))
+        )
+
+    def __call__(self, texts: list[Tensor]) -> Tensor:
+        """[B, depth + 2]: new tokens, -1 behind a row's last, and whether it is done.
+
+        Args:
+            texts: of each row so far, where `choose` or `rows` reads them.
+        """
+        tokens = self.last[:, None]
+        if self.heads is None:
+            logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None])
+        else:
+            output = self.model.get_output_embeddings()
+            guesses = [x[:, 0].topk(max(self.tree.ranks) + 1).indices for x in self.heads(self.hidden[:, None], output)]
+            guessed = torch.stack(guesses, dim=1)[:, self.depths[1:] - 1, self.ranks[1:]]
+            tokens = torch.cat([tokens, guessed], dim=1)
+            with self.cache.verifying(self.ancestors):
+                logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None] + self.depths)
+        chosen, right = self.choose(logits, [ids[:-1] for ids in texts], tokens, self.tree, self.parents)
+
+        # A node counts where it and all before it are right.
+        right = (right[:, None] | ~self.ancestors)[:, :, 1:].all(-1)
+        leaf = (right * (self.depths + 1)).argmax(1, keepdim=True)
+        way = self.ways[leaf[:, 0]]  # (B, depth + 1)
+        last = chosen.gather(1, leaf)
+        new = torch.where(way >= 0, tokens.gather(1, way.clamp(min=0)), -1)[:, 1:]
+        new = nn.functional.pad(new, (0, 1), value=-1).scatter(1, self.depths[leaf], last)
+        new = self.rows.add(new, texts)
+        self.last.copy_(last[:, 0])
+        if self.heads is not None:
+            self.hidden.copy_(states[torch.arange(len(leaf), device=leaf.device), leaf[:, 0]])
+            # As after plain decoding, all but a row's last token are in the cache.
+            kept = torch.arange(way.shape[1], device=way.device) < (new >= 0).sum(1, keepdim=True)
+            self.cache.accept(torch.where(kept, way, -1))
+        return torch.cat([new, self.rows.done[:, None]], dim=1)
+
+    def twin(self) -> "Step":
+        """The same with memory of its own."""
+        last, hidden, rows = self.last.clone(), self.hidden.clone(), deepcopy(self.rows)
+        return Step(self.model, deepcopy(self.cache), self.choose, rows, self.draft, last, hidden)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads and changes, but for weights."""
+        rows = self.rows
+        own = [self.last, self.hidden, rows.count, rows.done, rows.limit, rows.ends]
+        return [*own, *(x for layer in self.cache.layers for x in layer.tensors())]
+
+
+class _Text:
+    """The sequences so far, on the CPU: rows end in different places."""
+
+    def __init__(self, ids: Tensor, streamer):
+        self.rows, self.streamer, self.done = ids.tolist(), streamer, False
+        if streamer is not None:
+            streamer.put(ids.cpu())
+
+    def add(self, found: Tensor) -> None:
+        """What a step gives."""
+        *columns, done = found.cpu().unbind(1)
+        self.done = bool(done.all())
+        for column in columns:
+            for row, token in zip(self.rows, column.tolist(), strict=True):
+                if token >= 0:
+                    row.append(token)
+            if self.streamer is not None and (column >= 0).any():
+                self.streamer.put(column[column >= 0])
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        return [torch.tensor(row, device=device) for row in self.rows]
+
+    def sequences(self, pad: int, device: torch.device) -> Tensor:
+        longest = max(map(len, self.rows))
+        return torch.tensor([row + [pad] * (longest - len(row)) for row in self.rows], device=device)
+
+
+def forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords) -> tuple[Tensor, Tensor]:
+    """Logits of new tokens, and the hidden states that they are made of."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        keywords.pop("logits_to_keep", None)
+    hidden = []
+    # To ask for hidden states would keep those of all layers.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
+    try:
+        out = model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True, **keywords
+        )
+    finally:
+        hook.remove()
+    return out.logits, hidden[0]
+
+
+def unsupported(generation_config) -> str | None:
+    """A setting of `generate` that `decode` does not know, or None."""
+    for name, plain in (("num_beams", 1), ("output_scores", False), ("output_logits", False),
+                        ("output_attentions", False), ("output_hidden_states", False)):  # fmt: skip
+        value = getattr(generation_config, name, None)
+        if value not in (None, plain):
+            return f"{name}={value}"
+    return None
+
+
+def knows(processors, criteria, generation_config, model_kwargs: dict) -> bool:
+    """Whether `decode` without guesses does, without a look at the text, what transformers' own loop would."""
+    return (
+        unsupported(generation_config) is None
+        and all(isinstance(x, CONTEXT_FREE) for x in processors)
+        and all(isinstance(x, SIMPLE) for x in criteria)
+        and isinstance(model_kwargs.get("past_key_values"), LinearCache)
+        and model_kwargs.keys() <= TEXT_ALONE
+    )
+
+
+def decode(
+    model,
+    input_ids: Tensor,
+    choose: Choice,
+    stopping_criteria,
+    generation_config,
+    model_kwargs: dict,
+    draft: tuple[MedusaHeads, DraftTree] | None = None,
+    streamer=None,
+):
+    """What `generate` returns: the loop, with what `generate` prepares for its own ones.
+
+    Args:
+        draft: heads and the tree of their guesses; without, a step makes one token.
+        streamer: gets one sequence, the prompt and then tokens as they are accepted.
+    """
+    device, cache = input_ids.device, model_kwargs["past_key_values"]
+    text = _Text(input_ids, streamer)
+    past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
+    positions = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
+    if mask is not None:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        mask = None if mask.bool().all() else mask
+    length = input_ids.shape[1]
+    chunk = getattr(generation_config, "prefill_chunk_size", None) or length
+    for start in range(past, length, chunk):
+        end = min(start + chunk, length)
+        part = None if mask is None else mask[:, :end]
+        logits, hidden = forward(
+            model, cache, input_ids[:, start:end], positions[:, start:end], attention_mask=part, logits_to_keep=1
+        )
+    root = torch.zeros(1, dtype=torch.long, device=device)
+    last, _ = choose(logits[:, -1:], [row[:-1] for row in input_ids], input_ids[:, -1:], ALONE, root)
+    rows = Rows(torch.full_like(input_ids[:, 0], length), stopping_criteria)
+    found = torch.cat([rows.add(last, list(input_ids)), rows.done[:, None]], dim=1)
+    step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden[:, -1].clone())
+    reads_text = bool(choose.reads_text or rows.others)
+    run: Callable = Replay(step) if refuses(step) is None else step
+    text.add(found)
+    while not text.done:
+        text.add(run(text.on(device) if reads_text else []))
+    if run is not step:
+        run.finish()
+    if streamer is not None:
+        streamer.end()
+    pad = generation_config._pad_token_tensor
+    sequences = text.sequences(0 if pad is None else int(pad), device)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    return sequences

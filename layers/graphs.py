@@ -1,0 +1,124 @@
+"""Decoding steps as CUDA graphs: captured once, replayed with one launch, for later texts too.
+
+A step launches some thousand small kernels, which takes Python longer than it takes the GPU to run them. A graph goes
+on with the memory that it was captured with: the step here has a cache of its own, into which that of a prompt is
+copied and out of which it is copied in the end.
+"""
+
+import warnings
+from dataclasses import dataclass
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .cache import LinearCacheLayer
+from .kernels import fused_step
+
+# Graphs that a model keeps; each has the activations of a step, and a cache.
+KEPT = 4
+
+
+def refuses(step) -> str | None:
+    """Why a step (`decoding.Step`) cannot be captured, or None."""
+    model, cache = step.model, step.cache
+    if not step.last.is_cuda or fused_step is None:
+        return "graphs are of a GPU's fused kernels"
+    if torch.is_autocast_enabled(step.last.device.type):
+        return "weights are cast anew at every step"
+    if step.choose.reads_text or step.rows.others:
+        return "a processor or criterion reads the text"
+    nodes = len(step.tree.parents)
+    linear = model.linear_attentions()
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, LinearCacheLayer):
+            return f"{type(layer).__name__} may move its memory"
+        if linear[index].kept:
+            return "the memory of kept heads grows"
+        if linear[index].backend not in ("auto", "triton"):
+            return "another backend is asked for"
+        if reason := fused_step.refuses(linear[index], layer, nodes):
+            return reason
+        if nodes > 1 and not fused_step.accepts(layer, step.ways):
+            return "the tree is too deep"
+    for module in model.modules():
+        if module.training:
+            return "the model is in training mode"
+        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+        # Those of `seam` only hand on what is captured.
+        foreign = [hook for hook in hooks if not getattr(hook, "func", hook).__module__.startswith(__package__ + ".")]
+        if foreign or hasattr(module, "_hf_hook"):
+            return "a module has hooks, which a graph does not call"
+    return None
+
+
+class Replay:
+    """In the place of `step`: its first call captures it, unless that was done for an earlier text."""
+
+    def __init__(self, step):
+        self.step, self.captured, self.replays = step, None, 0
+        self.graphs = _graphs.setdefault(step.model, {})
+        weights = step.model.parameters(), *(() if step.heads is None else (step.heads.parameters(),))
+        # A graph knows weights by their place in memory.
+        places = tuple(weight.data_ptr() for weight in chain(*weights))
+        self.key = len(step.last), step.tree, step.heads is None, step.choose.settings, len(step.rows.ends), places
+
+    def __call__(self, texts: list[Tensor]) -> Tensor:
+        if self.captured is None and self.key in self.graphs:
+            self.captured = self.graphs[self.key]
+            if self.captured.graph is not None:
+                remember(self.step)
+                torch._foreach_copy_(self.captured.tensors, self.step.tensors())
+        if self.captured is None or self.captured.graph is None:
+            # Also before a capture, since kernels must have been compiled by then.
+            found = self.step(texts)
+            if self.captured is None:
+                self.graphs[self.key] = capture(self.step)
+                while len(self.graphs) > KEPT:
+                    del self.graphs[next(iter(self.graphs))]
+            return found
+        self.captured.graph.replay()
+        self.replays += 1
+        return self.captured.found
+
+    def finish(self) -> None:
+        """Hand the cache back."""
+        if self.replays:
+            torch._foreach_copy_(self.step.tensors(), self.captured.tensors)
+        for layer in self.step.cache.layers:
+            layer.seen += self.replays * self.step.ways.shape[1]
+
+
+@dataclass
+class Captured:
+    """graph: None where a step could not be captured; tensors: `Step.tensors` that it works on; found: what the step
+    returns."""
+
+    graph: torch.cuda.CUDAGraph | None
+    tensors: list[Tensor]
+    found: Tensor | None
+
+
+# model -> `Replay.key` -> Captured
+_graphs = WeakKeyDictionary()
+
+
+def capture(step) -> Captured:
+    """A step on memory of its own; nothing is run."""
+    twin, graph = step.twin(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            found = twin([])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)
+        return Captured(None, [], None)
+    return Captured(graph, twin.tensors(), found)
+
+
+def remember(step) -> None:
+    """Make ready for steps what a prompt has left, so that its cache has the tensors that a captured one has."""
+    for index, linear in step.model.linear_attentions().items():
+        if step.cache.layers[index].far is None:
+            fused_step.remember(linear, step.cache.layers[index])

@@ -1,0 +1,137 @@
+"""The decoding loop without guesses does what transformers' own loop does."""
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import (
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    MinLengthLogitsProcessor,
+    TopKLogitsWarper,
+)
+
+from linearize.layers import decoding, graphs
+from linearize.layers.cache import LinearCache
+from linearize.layers.config import PRESETS
+from linearize.layers.draft import DraftTree
+from linearize.layers.seam import LinearizedMixin
+
+from .test_speculative import SMALL, make, prompts
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def use_ours(monkeypatch) -> None:
+    """Also where `generate` would take transformers' loop: on a CPU."""
+
+    def sample(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        **model_kwargs,
+    ):  # fmt: skip
+        assert decoding.knows(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        choose = decoding.Choice(logits_processor, generation_config.do_sample)
+        return decoding.decode(
+            self, input_ids, choose, stopping_criteria, generation_config, model_kwargs, streamer=streamer
+        )
+
+    monkeypatch.setattr(LinearizedMixin, "_sample", sample)
+
+
+def test_it_returns_what_transformers_loop_returns(monkeypatch):
+    model, inputs = make(SMALL["augmented"]), prompts()
+    text = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    end = int(text[1, 20])
+    settings = [
+        {"eos_token_id": None},
+        {"eos_token_id": [end, int(text[2, 15])], "pad_token_id": 0},
+        {"eos_token_id": None, "prefill_chunk_size": 4},
+        {"eos_token_id": None, "return_dict_in_generate": True},
+    ]
+    expected = [model.generate(**inputs, max_new_tokens=30, do_sample=False, **x) for x in settings]
+    use_ours(monkeypatch)
+    for setting, plain in zip(settings, expected, strict=True):
+        found = model.generate(**inputs, max_new_tokens=30, do_sample=False, **setting)
+        if "return_dict_in_generate" in setting:
+            for x, y in zip(plain.past_key_values.layers, found.past_key_values.layers, strict=True):
+                assert torch.equal(x.length, y.length) and x.seen == y.seen
+                torch.testing.assert_close(x.state.S, y.state.S)
+            plain, found = plain.sequences, found.sequences
+        assert torch.equal(plain, found), setting
+
+
+def test_a_conversation_goes_on_from_its_cache(monkeypatch):
+    model = make(SMALL["augmented"])
+    use_ours(monkeypatch)
+    ids = prompts(1)["input_ids"]
+    settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    first = model.generate(ids, max_new_tokens=9, **settings)
+    longer = torch.cat([first.sequences, ids], dim=1)
+    cached = model.generate(longer, max_new_tokens=9, past_key_values=first.past_key_values, **settings)
+    assert torch.equal(cached.sequences, model.generate(longer, max_new_tokens=9, **settings).sequences)
+
+
+def test_what_it_does_not_know():
+    ids = prompts(1)["input_ids"]
+    kwargs = {"past_key_values": LinearCache(make(SMALL["augmented"]))}
+    config = GenerationConfig()
+    assert decoding.knows([TopKLogitsWarper(3)], [MaxLengthCriteria(9)], config, kwargs)
+    assert not decoding.knows([MinLengthLogitsProcessor(3, 1)], [], config, kwargs)
+    assert not decoding.knows([], [MaxTimeCriteria(1.0)], config, kwargs)
+    assert not decoding.knows([], [], GenerationConfig(output_scores=True), kwargs)
+    assert not decoding.knows([], [], config, {"past_key_values": DynamicCache()})
+    assert not decoding.knows([], [], config, {**kwargs, "inputs_embeds": ids})
+
+
+def test_typical_acceptance_takes_likely_guesses():
+    """At a node that gives one token nearly all, guesses of that token are right and others are wrong."""
+    tree = DraftTree.of([[0], [1]])
+    logits = torch.tensor([[[9.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]])
+    tokens, parents = torch.tensor([[1, 0, 2]]), torch.tensor([0, 0, 0])
+    _, right = decoding.Choice([], True, typical=0.1)(logits, [], tokens, tree, parents)
+    assert right[:, 1:].tolist() == [[True, False]]
+    # Where all are as likely, their share is above sqrt(epsilon) exp(-entropy) = .32 x .25.
+    _, right = decoding.Choice([], True, typical=0.1)(torch.zeros(1, 3, 4), [], tokens, tree, parents)
+    assert right[:, 1:].all()
+
+
+@ON_GPU
+@pytest.mark.parametrize("speculate", [False, True], ids=["plain", "tree"])
+@pytest.mark.parametrize("name", ["augmented", "augmented-icml", "lolcats"])
+def test_graphs_go_on_as_steps_do(name, speculate, monkeypatch):
+    """Several texts from one capture: other prompts, lengths and ends, in float32."""
+    model = make(PRESETS[name]).float().cuda()
+    how = {"custom_generate": model.speculate} if speculate else {}
+    settings = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, **how}
+    for seed, length, new_tokens, end in ((0, 11, 90, None), (1, 150, 30, None), (2, 40, 50, 7)):
+        inputs = {name: x.cuda() for name, x in prompts(3, length, seed).items()}
+        captured = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
+        assert any(found.graph is not None for found in graphs._graphs[model].values())
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "refuses", lambda step: "not now")
+            steps = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
+        assert torch.equal(captured.sequences, steps.sequences)
+        for x, y in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
+            assert torch.equal(x.length, y.length) and x.seen == y.seen
+            torch.testing.assert_close(x.state.S, y.state.S)
+    assert len(graphs._graphs[model]) == 1
+
+
+@ON_GPU
+def test_graphs_draw_anew_at_every_step():
+    model = make(PRESETS["augmented"]).float().cuda()
+    ids = prompts(1)["input_ids"].repeat(64, 1).cuda()
+    found = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0, eos_token_id=None)[:, 11:]
+    assert len({tuple(row) for row in found.tolist()}) > 32 and len(set(found[0].tolist())) > 5
+
+
+@ON_GPU
+def test_what_is_not_captured():
+    model = make(PRESETS["augmented"]).float().cuda()
+    ids = prompts(1)["input_ids"].cuda()
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert len(calls) == 9
+    hook.remove()
+    model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert len(calls) == 9 and len(graphs._graphs[model]) == 1
