@@ -141,7 +141,16 @@ def _is_linear(path: Path) -> bool:
     return "linear_attention" in json_module.loads((path / "config.json").read_text("utf-8"))
 
 
-def _load(path: Path):
+def _has_heads(path: Path) -> bool:
+    return "medusa" in json_module.loads((path / "config.json").read_text("utf-8"))
+
+
+def _check_heads(path: Path) -> None:
+    if not _has_heads(path):
+        raise BadInput(f"{path}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")
+
+
+def _load(path: Path, dtype: str = "auto"):
     """Model and tokenizer of a model's directory; code is run from linearized ones alone."""
     linear = _is_linear(path)
     _quieten()
@@ -153,7 +162,7 @@ def _load(path: Path):
     try:
         check_weights(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=linear)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=linear).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=linear, dtype=dtype).eval()
     except READ_ERRORS as error:
         raise BadInput(f"{path}: cannot be loaded: {first_line(error)}") from error
     return model.cuda() if torch.cuda.is_available() else model, tokenizer
@@ -173,9 +182,9 @@ def chat(
     path = _model_directory(model)
     if not _is_linear(path):
         raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+    if speculative:
+        _check_heads(path)
     loaded, tokenizer = _load(path)
-    if speculative and getattr(loaded.config, "medusa", None) is None:
-        raise BadInput(f"{path}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")
     messages = []
     while True:
         if prompt is None:
@@ -198,6 +207,83 @@ def chat(
             console.print(f"[dim](cache: {cache_bytes / 2**20:.1f} MiB, {length})[/dim]")
         if prompt is not None:
             return
+
+
+Prompts = Annotated[
+    Path, typer.Option(help="JSON Lines, each with prompt, messages or turns.", exists=True, dir_okay=False)
+]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompts: Prompts,
+    out: Annotated[Path | None, typer.Option(help="Add JSON Lines there, of prompts it does not have.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0: greedy.")] = 0.0,
+    typical: Annotated[
+        float | None, typer.Option(help="With --speculative, accept guesses likelier than this, or nearly so.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    speculative: Annotated[bool, typer.Option("--speculative", help="Draft with the model's Medusa heads.")] = False,
+):
+    """Answer the prompts of a file, many at once, as JSON Lines: prompt number, text, tokens, forward passes."""
+    path = _model_directory(model)
+    if not _is_linear(path):
+        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+    if speculative:
+        _check_heads(path)
+    if typical is not None and not (speculative and temperature):
+        raise BadInput("--typical is for sampling with guesses: add --speculative and a --temperature above 0")
+    loaded, tokenizer = _load(path)
+    import torch
+
+    from linearize.convert.bench import answers, read_prompts
+
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature, "top_k": None, "top_p": None} if temperature else {}
+    if typical is not None:
+        how["typical_acceptance"] = typical
+    found = answers(
+        loaded, tokenizer, read_prompts(prompts, tokenizer, None), batch_size, max_new_tokens, speculative, out,
+        Console(stderr=True), **how,
+    )  # fmt: skip
+    for answer in found:
+        if out is None:
+            print(json_module.dumps(answer), flush=True)
+
+
+@app.command()
+def bench(
+    model: Model,
+    prompts: Prompts,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Prompts at once, 1; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts alone.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    teacher: Annotated[
+        Path | None, typer.Option(help="The softmax model's directory, to be decoded beside by transformers.")
+    ] = None,
+    json: Json = False,
+):
+    """Measure how fast a model generates, greedily, and with its Medusa heads: is the text the same?"""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise BadInput(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    path = _model_directory(model)
+    if not _is_linear(path):
+        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+    loaded, tokenizer = _load(path, dtype)
+    softmax = None if teacher is None else _load(_model_directory(teacher), dtype)[0]
+    from linearize.convert.bench import compare, read_prompts, table
+
+    asked, results = read_prompts(prompts, tokenizer, limit), {}
+    for size in batch or [1]:
+        results[size] = compare(loaded, asked, size, max_new_tokens, _has_heads(path), softmax)
+    if json:
+        print(json_module.dumps({"model": loaded.config.to_dict().get("medusa"), "results": results}, indent=2))
+    else:
+        console.print(table(results))
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """One turn of a conversation with an exported model."""
 
+import torch
 from transformers import TextStreamer
+
+from linearize.convert.bench import encode
 
 
 def reply(
@@ -16,19 +19,14 @@ def reply(
     Raises:
         ValueError: when it has none.
     """
-    if tokenizer.chat_template is not None:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(messages[-1]["content"], return_tensors="pt")
-    inputs = inputs.to(model.device)
+    ids = encode(tokenizer, messages)[None].to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     how = {"streamer": streamer}
     if speculative:
         how = {"custom_generate": model.speculate, "token_streamer": streamer}
     output = type(model).generate(
-        model, **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, **how
-    )
-    answer = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        model, ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+        return_dict_in_generate=True, **how,
+    )  # fmt: skip
+    answer = tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
     return answer, output.past_key_values.nbytes

@@ -2,30 +2,34 @@
 
 import statistics
 import time
+from copy import deepcopy
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from linearize.convert.batches import read_evenly
+from linearize.convert.bench import Prompt, encode, generate
 from linearize.convert.context import Artifact, Context, StageError
 from linearize.convert.data import PackedDataset, packed
-from linearize.convert.models import load_weights, merged_model, train_only
+from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
 from linearize.convert.progress import TokenProgress
 from linearize.convert.training import train
 from linearize.layers.cache import LinearCache
+from linearize.layers.decoding import Choice, Rows, Step
 from linearize.layers.draft import DraftTree
+from linearize.layers.graphs import replayed
 from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import MedusaSection
 
 # Tokens of the data that a text of the model's own begins with, and texts that it writes at once.
 PROMPT = 32
-ROWS = 32
+ROWS = 256
 # Guesses of a head that a tree may take, sizes of trees that are tried, and how often.
 RANKS = 10
 SIZES = (1, 4, 8, 16, 32, 64)
-REPEATS = 5
+WARM_UP, REPEATS = 2, 5
 
 
 class MedusaModel(nn.Module):
@@ -92,72 +96,71 @@ def head_accuracy(model: MedusaModel, data: PackedDataset, device: torch.device)
 def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[DraftTree, list[dict]]:
     """The tree that makes most tokens per second on this device, and what was measured: one sequence, per size the best
     tree, the tokens that it is expected to have accepted per step, and the milliseconds of a step."""
-    base, output, best, found = model.base, model.base.get_output_embeddings(), None, []
-    device, hidden = output.weight.device, output.weight.new_zeros(1, 1, output.in_features)
+    base, best, found = model.base, None, []
+    output = base.get_output_embeddings()
+    heads = deepcopy(model.heads).to(output.weight.dtype)
     linear = next(iter(base.linear_attentions().values()))
-    cache = LinearCache(base)
-    prompt = torch.randint(output.out_features, (1, 2 * linear.config.ring_size), device=device)
-    base(prompt, past_key_values=cache, use_cache=True)
+    prompt = torch.randint(output.out_features, (1, 2 * linear.config.ring_size), device=output.weight.device)
     for nodes in SIZES:
         # An accepted path must fit what the cache keeps in reserve.
         tree = DraftTree.grown(accuracy[: linear.config.slack], nodes)
-        ancestors, depths = tree.ancestors.to(device), torch.tensor(tree.depths, device=device)
+        cache = LinearCache(base)
+        base(prompt, past_key_values=cache, use_cache=True)
+        rows = Rows(torch.full_like(prompt[:, 0], prompt.shape[1]), [])
+        hidden = output.weight.new_zeros(1, output.in_features)
+        step = replayed(Step(base, cache, Choice([], sample=False), rows, (heads, tree), prompt[:, -1], hidden))
         taken = []
-        for _ in range(1 + REPEATS):
+        for _ in range(WARM_UP + REPEATS):
             began = time.perf_counter()
-            with cache.verifying(ancestors):
-                out = base(
-                    torch.zeros_like(depths)[None], position_ids=cache.length[:, None] + depths, past_key_values=cache,
-                    use_cache=True,
-                )  # fmt: skip
-            model.heads(hidden, output)
-            cache.accept(torch.zeros(1, 1, dtype=torch.long, device=device))
             # Waits for the device.
-            out.logits.argmax().item()
+            step([]).cpu()
             taken.append(time.perf_counter() - began)
-        step = statistics.median(taken[1:])
-        found.append({"nodes": len(depths), "tokens": tree.expected(accuracy), "ms": step * 1e3})
-        if best is None or tree.expected(accuracy) / step > best[0]:
-            best = tree.expected(accuracy) / step, tree
+        seconds = statistics.median(taken[WARM_UP:])
+        found.append({"nodes": len(tree.parents), "tokens": tree.expected(accuracy), "ms": seconds * 1e3})
+        if best is None or tree.expected(accuracy) / seconds > best[0]:
+            best = tree.expected(accuracy) / seconds, tree
     return best[1], found
 
 
-@torch.no_grad()
-def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list[torch.Tensor]:
-    """What the model goes on with, greedily, after the first tokens of pieces of the training data, prompts included;
-    batches that were written before are read.
+def own_prompts(context: Context, section: MedusaSection) -> list[torch.Tensor]:
+    """What texts of the model's own begin with: pieces of the training data, and, where the tokenizer has a chat
+    template, every second one as a user's message.
 
     Raises:
-        StageError: no document is long enough to go on from.
+        StageError: no document is long enough.
     """
-    directory = context.stage_directory("medusa") / "own_text"
-    directory.mkdir(parents=True, exist_ok=True)
     sources = [iter(source) for source in context.training_documents]
     pieces = [
         document[start : start + PROMPT]
         for document in read_evenly(sources, section.own_text)
         for start in range(0, len(document) - PROMPT, section.length)
     ]
-    pieces = pieces[: -(-section.own_text // section.length)]
     if not pieces:
         raise StageError(f"medusa.own_text: no document of data.train has more than {PROMPT} tokens to go on from")
-    eos = base.generation_config.eos_token_id
-    ends = torch.tensor(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    texts = []
-    with TokenProgress(context.console, len(pieces), section.length) as bar:
-        for start in range(0, len(pieces), ROWS):
-            path = directory / f"{start:06}.safetensors"
+    tokenizer = context.tokenizer
+    if tokenizer.chat_template is not None:
+        for index in range(1, len(pieces), 2):
+            text = tokenizer.decode(pieces[index], skip_special_tokens=True)
+            pieces[index] = encode(tokenizer, [{"role": "user", "content": text}])
+    return pieces[: -(-section.own_text // section.length)]
+
+
+def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list[torch.Tensor]:
+    """What the model says, greedily, after `own_prompts`, these included; batches that were written before are read."""
+    directory = context.stage_directory("medusa") / "own_text"
+    directory.mkdir(parents=True, exist_ok=True)
+    prompts, texts = own_prompts(context, section), []
+    with TokenProgress(context.console, len(prompts), section.length) as bar:
+        for start in range(0, len(prompts), ROWS):
+            path, part = directory / f"{start:06}.safetensors", prompts[start : start + ROWS]
             if not path.exists():
-                prompts = torch.stack(pieces[start : start + ROWS]).to(context.device)
-                rows = base.generate(
-                    prompts, attention_mask=torch.ones_like(prompts), max_length=section.length, do_sample=False,
-                    pad_token_id=0,
-                ).cpu()  # fmt: skip
-                save_file({"ids": rows}, path.with_suffix(".part"))
+                longest = max(map(len, part))
+                found = generate(base, [Prompt(ids, "") for ids in part], max(1, section.length - longest))
+                rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
+                save_file(rows, path.with_suffix(".part"))
                 path.with_suffix(".part").replace(path)
-            for row in load_file(path)["ids"]:
-                ended = torch.isin(row[PROMPT:], ends).nonzero()
-                texts.append(row[: PROMPT + int(ended[0]) + 1] if len(ended) else row)
+            written = load_file(path)
+            texts += [written[row] for row in sorted(written)]
             bar.show(len(texts), "text of its own")
     return texts
 
@@ -165,7 +168,9 @@ def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
-    base = merged_model(context)
+    base = merged_model(context).to(context.device)
+    if section.bf16:
+        to_bfloat16(base)
     documents = None if section.own_text is None else [own_texts(context, base, section)]
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)

@@ -113,6 +113,13 @@ def prepare_finetune(model: PreTrainedModel, section: FinetuneSection) -> nn.Mod
     return model
 
 
+def to_bfloat16(model: nn.Module) -> None:
+    """As a model that is loaded in bfloat16: the attention layers' masters stay as they are."""
+    for name, parameter in model.named_parameters():
+        if LINEAR not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def train_only(model: nn.Module, wanted) -> None:
     """Make exactly the parameters trainable whose name `wanted` accepts."""
     for name, parameter in model.named_parameters():

@@ -6,8 +6,8 @@ accepted tokens enter it afterwards. On a GPU a step is replayed as a CUDA graph
 """
 
 import inspect
-from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.generation import (
 
 from .cache import LinearCache
 from .draft import DraftTree
-from .graphs import Replay, refuses
+from .graphs import replayed
 from .medusa import MedusaHeads
 
 # Processors that look at nothing but the scores.
@@ -176,6 +176,9 @@ class Step:
             self.cache.accept(torch.where(kept, way, -1))
         return torch.cat([new, self.rows.done[:, None]], dim=1)
 
+    def finish(self) -> None:
+        """Nothing is left to do, as there may be for what stands in for a step (`graphs.Replay`)."""
+
     def twin(self) -> "Step":
         """The same with memory of its own."""
         last, hidden, rows = self.last.clone(), self.hidden.clone(), deepcopy(self.rows)
@@ -188,11 +191,19 @@ class Step:
         return [*own, *(x for layer in self.cache.layers for x in layer.tensors())]
 
 
+@dataclass
+class DecodingOutput(GenerateDecoderOnlyOutput):
+    """transformers' output, and `steps` [B]: forward passes that each row took after its prompt's."""
+
+    steps: Tensor | None = None
+
+
 class _Text:
     """The sequences so far, on the CPU: rows end in different places."""
 
     def __init__(self, ids: Tensor, streamer):
         self.rows, self.streamer, self.done = ids.tolist(), streamer, False
+        self.steps = torch.zeros(len(ids), dtype=torch.long)
         if streamer is not None:
             streamer.put(ids.cpu())
 
@@ -200,6 +211,7 @@ class _Text:
         """What a step gives."""
         *columns, done = found.cpu().unbind(1)
         self.done = bool(done.all())
+        self.steps += columns[0] >= 0
         for column in columns:
             for row, token in zip(self.rows, column.tolist(), strict=True):
                 if token >= 0:
@@ -289,16 +301,16 @@ def decode(
     found = torch.cat([rows.add(last, list(input_ids)), rows.done[:, None]], dim=1)
     step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden[:, -1].clone())
     reads_text = bool(choose.reads_text or rows.others)
-    run: Callable = Replay(step) if refuses(step) is None else step
+    run = replayed(step)
     text.add(found)
     while not text.done:
         text.add(run(text.on(device) if reads_text else []))
-    if run is not step:
-        run.finish()
+    run.finish()
     if streamer is not None:
         streamer.end()
     pad = generation_config._pad_token_tensor
     sequences = text.sequences(0 if pad is None else int(pad), device)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+        # The first token of each row came with its prompt.
+        return DecodingOutput(sequences=sequences, past_key_values=cache, steps=text.steps - 1)
     return sequences

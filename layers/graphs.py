@@ -20,6 +20,11 @@ from .kernels import fused_step
 KEPT = 4
 
 
+def replayed(step):
+    """What does as `step` does, as a graph where that can be."""
+    return step if refuses(step) else Replay(step)
+
+
 def refuses(step) -> str | None:
     """Why a step (`decoding.Step`) cannot be captured, or None."""
     model, cache = step.model, step.cache
@@ -83,7 +88,7 @@ class Replay:
         return self.captured.found
 
     def finish(self) -> None:
-        """Hand the cache back."""
+        """Bring the step's own cache to where the graph has come."""
         if self.replays:
             torch._foreach_copy_(self.step.tensors(), self.captured.tensors)
         for layer in self.step.cache.layers:

@@ -29,9 +29,9 @@ def attach_heads(model, heads: MedusaHeads, tree: DraftTree) -> None:
             f"the tree is {depth} guesses deep, for {len(heads.blocks)} heads and a cache that keeps {slack} tokens in "
             "reserve (slack); use a tree no deeper than both"
         )
-    device = model.get_output_embeddings().weight.device
+    weight = model.get_output_embeddings().weight
     # Not a submodule: the model's own weights stay as they are.
-    model.__dict__["draft"] = heads.to(device).eval(), tree
+    model.__dict__["draft"] = heads.to(weight.device, weight.dtype).eval(), tree
 
 
 def load_heads(model) -> None:

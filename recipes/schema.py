@@ -248,6 +248,17 @@ class Recipe(Section):
             )
         return section
 
+    @field_validator("medusa")
+    @classmethod
+    def _guesses_fit_the_cache(cls, medusa: MedusaSection | None, info: ValidationInfo) -> MedusaSection | None:
+        attention = info.data.get("attention")
+        if medusa is not None and attention is not None and medusa.heads > attention.config.slack:
+            raise ValueError(
+                f"heads: {medusa.heads} heads guess further than the {attention.config.slack} tokens that the cache "
+                "keeps in reserve; use fewer, or a larger attention.slack"
+            )
+        return medusa
+
     @field_validator("transfer")
     @classmethod
     def _objectives_fit_the_attention(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.convert.context import STAGES, Context
-from linearize.convert.medusa import own_texts
+from linearize.convert.medusa import own_prompts, own_texts
 from linearize.convert.models import merged_model, model_after, save_weights
 from linearize.recipes.loader import load_recipe
 
@@ -90,20 +90,23 @@ def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
     text = ("medusa.own_text=150", "medusa.length=50")
     converted(linearize, path, *text)
     written = tmp_path / "run" / "medusa" / "own_text" / "000000.safetensors"
-    rows = load_file(written)["ids"]
-    assert rows.shape == (3, 50)
-
+    rows = [row for _, row in sorted(load_file(written).items())]
     context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
-    base, prompts = merged_model(context), rows[:, :32]
-    arguments = {"max_length": 50, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(base.generate(prompts, attention_mask=torch.ones_like(prompts), **arguments), rows)
-    data = "".join(map(chr, next(iter(context.training_documents[0])).tolist()))
-    assert all("".join(map(chr, row.tolist())) in data for row in prompts)
+    base, prompts = merged_model(context), own_prompts(context, context.recipe.medusa)
+    assert len(rows) == len(prompts) == 3
+    arguments = {"max_new_tokens": 50 - max(map(len, prompts)), "do_sample": False}
+    for row, prompt in zip(rows, prompts, strict=True):
+        mask = torch.ones_like(prompt)[None]
+        assert torch.equal(base.generate(prompt[None], attention_mask=mask, **arguments)[0], row)
+    document = next(iter(context.training_documents[0]))
+    piece, asked, data = (context.tokenizer.decode(x, skip_special_tokens=True) for x in (*prompts[:2], document))
+    assert piece in data
+    # What the chat template makes of it.
+    assert asked.startswith("user ") and asked.removeprefix("user ").strip() in data
 
     # What is written already is not written again.
     base.generate = None
-    ends = [row.tolist() for row in own_texts(context, base, context.recipe.medusa)]
-    assert all(end == row[: len(end)] for end, row in zip(ends, rows.tolist(), strict=True))
+    assert all(map(torch.equal, own_texts(context, base, context.recipe.medusa), rows))
 
 
 def test_only_needs_the_stages_before(linearize, recipe):

@@ -302,6 +302,11 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         ("finetune: {steps: 1, position_offset: -1}\n", "7: finetune.position_offset: expected 0 or more, got -1"),
         ("medusa: {steps: 1, heads: 0}\n", "7: medusa.heads: expected more than 0, got 0"),
         (
+            "medusa: {steps: 1, heads: 65}\n",
+            "7: medusa.heads: 65 heads guess further than the 64 tokens that the cache keeps in reserve; "
+            "use fewer, or a larger attention.slack",
+        ),
+        (
             "medusa: {steps: 1, own_text: 1500}\n",
             "7: medusa.own_text: 1500 tokens are too few for sequences of 1024; use 2048 or more",
         ),
