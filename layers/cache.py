@@ -261,12 +261,16 @@ class LinearCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    def tensors(self) -> list[Tensor]:
+        """All but what is held of kept heads, rows first."""
+        state = [] if self.state is None else [self.state.S, self.state.z]
+        past = [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values(), *state]
+        return [*past, self.length, self.count, self.segment]
+
     @property
     def nbytes(self) -> int:
-        tensors = [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values()]
-        if self.state is not None:
-            tensors += [self.state.S, self.state.z]
-        return sum(x.nbytes for x in tensors) + self.memory.nbytes
+        places = self.length, self.count, self.segment
+        return sum(x.nbytes for x in self.tensors()) - sum(x.nbytes for x in places) + self.memory.nbytes
 
 
 class LinearCache(Cache):
