@@ -27,11 +27,12 @@ TEACHER_TOO = ["evaluate.tuned_teacher=true"]
 KEEP = [
     "keep={kv_budget: 0.1, texts: 8}",
     "finetune.curriculum=[{length: 1024, share: 0.5}, {length: 8192, share: 0.5}]", "finetune.recall=0.3",
+    "finetune.facts=0.5",
 ]
 # Recipe smollm2-135m-long.
 LONG = [
-    "transfer.steps=240", "finetune.steps=1000",
-    "finetune.curriculum=[{length: 1024, share: 0.75}, {length: 4096, share: 0.25}]",
+    "transfer.steps=300", "finetune.steps=2000", "finetune.warmup_steps=50",
+    "finetune.curriculum=[{length: 1024, share: 0.875}, {length: 4096, share: 0.125}]",
 ]
 WINDOW = ["attention.preset=swa", "transfer=null"]
 VARIANTS = {
@@ -42,6 +43,7 @@ VARIANTS = {
     "augmented, long": [*LONG, *TEACHER_TOO],
     "10% of KV heads kept": [*KEEP, *TEACHER_TOO],
     "10% of KV heads kept, another seed": [*KEEP, *SEED],
+    "10% of KV heads kept, no facts trained": KEEP[:-1],
     "10% of KV heads kept, no recall trained": [KEEP[0]],
     "10% kept, the rest window + sinks, retrained": [*KEEP, *WINDOW],
     "256 features, half of the sequences ask for recall": [

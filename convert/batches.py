@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from linearize.convert.data import with_labels
+from linearize.convert.facts import plant_facts
 from linearize.recipes.training import Training
 
 # Parts of a sequence that are repeated further on, and the tokens of the shortest.
@@ -73,15 +74,18 @@ class TrainingBatches(Dataset):
     Args:
         sources: token ids of each source's documents; no more of them are read than the stage needs.
         section: of the stage.
-        seed: of the order, recall and position offsets.
+        seed: of the order, recall, facts and position offsets.
         processes: that share each step, each taking `section.batch_size` sequences.
+        tokenizer: writes the facts, if `section.facts`.
 
     Raises:
         ValueError: there are fewer tokens than one sequence needs.
     """
 
-    def __init__(self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, processes: int = 1):
-        self.section, self.seed = section, seed
+    def __init__(
+        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, processes: int = 1, tokenizer=None
+    ):
+        self.section, self.seed, self.tokenizer = section, seed, tokenizer
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass * processes
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
         documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)
@@ -120,6 +124,10 @@ class TrainingBatches(Dataset):
         if choice.random() < self.section.recall:
             # One document, or its beginning could not be recalled from its end.
             input_ids, starts = repeat_parts(input_ids, choice), torch.zeros_like(starts)
+        choice = draws(self.seed, "facts", place)
+        if choice.random() < self.section.facts:
+            # Last, so that what is repeated breaks off no fact.
+            input_ids, starts = plant_facts(input_ids, choice, self.tokenizer), torch.zeros_like(starts)
         sequence = with_labels(input_ids, starts)
         offset = draws(self.seed, "position_offset", place).randint(0, self.section.position_offset)
         sequence["position_ids"] = sequence["position_ids"] + offset

@@ -170,7 +170,7 @@ def train(
         raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
     with problems_named("data.train", context.recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]
-        data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size)
+        data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size, context.tokenizer)
     trainer = StageTrainer(
         stage,
         objective,

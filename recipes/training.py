@@ -32,6 +32,8 @@ class Training(Section):
         curriculum: phases of other lengths, one after the other. Tokens per step and per forward pass stay those of
             `length`, so a phase of half the length has twice the sequences. Empty: `length` for the whole stage.
         recall: share of the sequences in which parts of the text are repeated further on (see `batches`).
+        facts: share of the sequences, drawn apart from those of `recall`, in which short facts are told and asked for
+            far later (see `facts`); for sequences of 256 tokens or more.
         position_offset: the positions of each sequence begin at a random number from 0 to this one.
         lr: peak learning rate.
         weight_decay: of AdamW.
@@ -47,6 +49,7 @@ class Training(Section):
     length: Annotated[int, Field(ge=2)] = 1024
     curriculum: list[Phase] = []
     recall: Probability = 0.0
+    facts: Probability = 0.0
     position_offset: Annotated[int, Field(ge=0)] = 0
     lr: LearningRate
     weight_decay: Weight = 0.0

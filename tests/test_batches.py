@@ -1,6 +1,7 @@
 """Training data: micro batches that are functions of the seed and their number."""
 
 import random
+import re
 from collections import Counter
 from itertools import count
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from linearize.convert.batches import REPEATED_PARTS, TrainingBatches, read_evenly, repeat_parts
 from linearize.convert.data import pack
+from linearize.convert.facts import ASKED, THINGS, TOKENS_PER_FACT, TOLD, plant_facts
+from linearize.convert.probes import NEEDLE, QUESTION
 from linearize.recipes.training import Training
 
 
@@ -174,3 +177,107 @@ def test_recall_sequences_are_one_document_and_as_many_as_asked():
             assert after["labels"][0].tolist() == [-100, *after["input_ids"][0, 1:].tolist()]
     # 100 draws at 0.3: five standard deviations are 23.
     assert 7 < count < 53
+
+
+class Words:
+    """A tokenizer of words, numbers and marks, from 10 000 on as they come, that can be read back."""
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, text, add_special_tokens):
+        words = re.findall(r"[\w'-]+|[^\w\s]|\s+", text)
+        return {"input_ids": [self.ids.setdefault(word, 10_000 + len(self.ids)) for word in words]}
+
+    def decode(self, ids):
+        words = dict(zip(self.ids.values(), self.ids, strict=True))
+        return "".join(words[i] for i in ids)
+
+
+def sentences(planted, words):
+    """(where it begins, where it ends, text) of what was planted into tokens 0, 1, 2, ..."""
+    new = [i for i, token in enumerate(planted.tolist()) if token != i]
+    starts = [i for i in new if i - 1 not in new]
+    ends = [i + 1 for i in new if i + 1 not in new]
+    for start, end in zip(starts, ends, strict=True):
+        yield start, end, words.decode(planted[start:end].tolist())
+
+
+def pattern(sentence):
+    """Of a sentence that has a thing and a value."""
+    escaped = re.escape(sentence).replace(r"\{thing\}", "(?P<thing>.+)").replace(r"\{Thing\}", "(?P<thing>.+)")
+    return re.compile(r"\s+" + escaped.replace(r"\{value\}", r"(?P<value>[\w-]+( [a-z]+)?)") + r"\s+")
+
+
+def fact(text):
+    """All that a sentence may be saying: (thing, value) pairs."""
+    found = [pattern(wording).fullmatch(text) for wording in TOLD + ASKED]
+    return {(match["thing"].lower(), match["value"]) for match in found if match}
+
+
+@given(length=st.integers(2, 4096), seed=st.integers(0, 1000))
+def test_facts_are_told_once_and_asked_for_far_later(length, seed):
+    words = Words()
+    text = torch.arange(length)
+    planted = plant_facts(text, random.Random(seed), words)
+    assert torch.equal(text, torch.arange(length)) and len(planted) == length
+    assert (len(words.ids) > 0) == (length >= TOKENS_PER_FACT)
+    # Sentences that touch are told apart by no means, so there may be fewer.
+    last = {}
+    for start, end, sentence in sentences(planted, words):
+        facts = fact(sentence)
+        assert all(start - last[known] >= length / 8 for known in facts & last.keys())
+        last |= dict.fromkeys(facts, end)
+
+
+def test_most_facts_are_asked_for_and_whole():
+    words = Words()
+    asked = Counter()
+    for seed in range(20):
+        planted = plant_facts(torch.arange(2048), random.Random(seed), words)
+        seen = [fact(sentence) for _, _, sentence in sentences(planted, words)]
+        counts = Counter(known for facts in seen for known in facts)
+        asked[sum(count > 1 for count in counts.values())] += 1
+        # All but those that touch are sentences from their beginning to their end.
+        assert sum(map(bool, seen)) >= 0.7 * len(seen) >= 6
+    assert min(asked) >= 2 and asked.total() == 20
+
+
+def test_facts_depend_on_seed_and_place_alone():
+    words = Words()
+    section = Training(lr=1.0, steps=20, batch_size=2, length=256, facts=0.5)
+
+    def read(seed):
+        return TrainingBatches([map(torch.tensor, corpus(4000))], section, seed, tokenizer=words)
+
+    one, again = read(0), read(0)
+    # In another order, as after an interruption.
+    assert all(same(again[i], one[i]) for i in reversed(range(20)))
+    plain = batches(corpus(4000), steps=20, batch_size=2, length=256)
+    rows = [
+        (before, after)
+        for i in range(20)
+        for before, after in zip(plain[i]["input_ids"], one[i]["input_ids"], strict=True)
+    ]
+    changed = [not torch.equal(before, after) for before, after in rows]
+    # 40 draws at 0.5: five standard deviations are 16.
+    assert 4 < sum(changed) < 36
+    # Another seed, other facts.
+    facts = [{token for item in read(seed) for token in item["input_ids"].flatten().tolist()} for seed in (0, 1)]
+    assert max(facts[0]) >= 10_000 and facts[0] != facts[1]
+
+
+def test_sequences_with_facts_are_one_document():
+    section = Training(lr=1.0, steps=10, batch_size=1, length=256, facts=1.0)
+    for item in TrainingBatches([map(torch.tensor, corpus(*[7] * 400))], section, seed=0, tokenizer=Words()):
+        assert item["position_ids"][0].tolist() == list(range(256))
+        assert item["labels"][0].tolist() == [-100, *item["input_ids"][0, 1:].tolist()]
+
+
+def test_facts_are_not_in_the_words_of_what_is_measured():
+    said = " ".join([*TOLD, *ASKED, *(name for name, _ in THINGS)]).lower()
+    measured = set(re.findall(r"[a-z]+", f"{NEEDLE} {QUESTION}".lower().replace("{key}", "")))
+    assert measured >= {"pass", "key", "remember"}
+    assert set(re.findall(r"[a-z]+", said)) & measured <= {"the", "is", "it", "what"}
+    # Nor is its question, which names the thing once more before the value.
+    assert not any(re.search(r"what is .*\? \{thing\} is", wording.lower()) for wording in TOLD + ASKED)

@@ -129,7 +129,15 @@ ALL_OPTIONS = {
         "objectives={output_mse: 1.0, linear_mse: 0.5, weights_kl: 0.1, far_mass: 0.5}",
         "layers={0: {lr: 3e-3, steps: 50}}",
     ],
-    "finetune": [*RANDOM, "attention_lr=3e-3", "distill=0.5", "micro_batch_size=1", "length=128"],
+    "finetune": [
+        *RANDOM[:2],
+        "curriculum=[{length: 32, share: 0.5}, {length: 256, share: 0.5}]",
+        "facts=0.5",
+        "attention_lr=3e-3",
+        "distill=0.5",
+        "micro_batch_size=1",
+        "length=256",
+    ],
 }
 
 
