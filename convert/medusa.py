@@ -2,16 +2,17 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from linearize.convert.batches import read_evenly
 from linearize.convert.bench import Prompt, encode, generate
 from linearize.convert.context import Artifact, Context, StageError
-from linearize.convert.data import PackedDataset, packed
+from linearize.convert.data import Documents, packed, problems_named, with_labels
 from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
 from linearize.convert.progress import TokenProgress
 from linearize.convert.training import train
@@ -47,7 +48,7 @@ class MedusaModel(nn.Module):
         self.base.eval()
         return self
 
-    def forward(self, batch: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, batch: dict) -> list[tuple[Tensor, Tensor]]:
         """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
         with torch.no_grad():
             hidden = self.base.base_model(
@@ -76,11 +77,11 @@ class WeightedHeads:
         return sum(self.decay**i * loss for i, loss in enumerate(losses))
 
 
-def head_accuracy(model: MedusaModel, data: PackedDataset, device: torch.device) -> list[dict]:
-    """Per head the share of held-out tokens that are its first, or among its first five, guesses; and by rank."""
+def head_accuracy(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> list[dict]:
+    """Per head the share of tokens that are its first, or among its first five, guesses; and by rank."""
     count = len(model.heads.blocks)
     hits, total = torch.zeros(count, RANKS), torch.zeros(count, 1)
-    for sequence in data.sequences:
+    for sequence in sequences:
         batch = {name: value[None].to(device) for name, value in sequence.items()}
         with torch.no_grad():
             for i, (logits, labels) in enumerate(model(batch)):
@@ -122,40 +123,44 @@ def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[Draft
     return best[1], found
 
 
-def own_prompts(context: Context, section: MedusaSection) -> list[torch.Tensor]:
-    """What texts of the model's own begin with: pieces of the training data, and, where the tokenizer has a chat
-    template, every second one as a user's message.
+def own_prompts(context: Context, sources: Sequence[Documents], field: str, tokens: int) -> list[Tensor]:
+    """What `tokens` tokens of the model's own text begin with: pieces of the sources, and, where the tokenizer has a
+    chat template, every second one as a user's message.
 
     Raises:
-        StageError: no document is long enough.
+        StageError: naming the recipe's `field`, when no document is long enough.
     """
-    sources = [iter(source) for source in context.training_documents]
+    length = context.recipe.medusa.length
     pieces = [
         document[start : start + PROMPT]
-        for document in read_evenly(sources, section.own_text)
-        for start in range(0, len(document) - PROMPT, section.length)
-    ]
+        for document in read_evenly([iter(source) for source in sources], tokens)
+        for start in range(0, len(document) - PROMPT, length)
+    ][: -(-tokens // length)]
     if not pieces:
-        raise StageError(f"medusa.own_text: no document of data.train has more than {PROMPT} tokens to go on from")
+        raise StageError(f"medusa.own_text: no document of {field} has more than {PROMPT} tokens to go on from")
     tokenizer = context.tokenizer
     if tokenizer.chat_template is not None:
         for index in range(1, len(pieces), 2):
             text = tokenizer.decode(pieces[index], skip_special_tokens=True)
             pieces[index] = encode(tokenizer, [{"role": "user", "content": text}])
-    return pieces[: -(-section.own_text // section.length)]
+    return pieces
 
 
-def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list[torch.Tensor]:
-    """What the model says, greedily, after `own_prompts`, these included; batches that were written before are read."""
-    directory = context.stage_directory("medusa") / "own_text"
+def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: str) -> list[Tensor]:
+    """What the model says, greedily, after prompts, these included; batches that were written before are read.
+
+    Args:
+        name: of their directory in the stage's.
+    """
+    directory, length = context.stage_directory("medusa") / name, context.recipe.medusa.length
     directory.mkdir(parents=True, exist_ok=True)
-    prompts, texts = own_prompts(context, section), []
-    with TokenProgress(context.console, len(prompts), section.length) as bar:
+    texts = []
+    with TokenProgress(context.console, len(prompts), length) as bar:
         for start in range(0, len(prompts), ROWS):
             path, part = directory / f"{start:06}.safetensors", prompts[start : start + ROWS]
             if not path.exists():
                 longest = max(map(len, part))
-                found = generate(base, [Prompt(ids, "") for ids in part], max(1, section.length - longest))
+                found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
                 rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
                 save_file(rows, path.with_suffix(".part"))
                 path.with_suffix(".part").replace(path)
@@ -165,20 +170,36 @@ def own_texts(context: Context, base: nn.Module, section: MedusaSection) -> list
     return texts
 
 
+def heldout_sequences(context: Context, base: nn.Module, section: MedusaSection) -> list[dict[str, Tensor]]:
+    """What heads are measured on: held-out data, or the model's own text after pieces of it."""
+    sources, tokens = context.recipe.data.heldout, (context.recipe.evaluate or EvaluateSection()).tokens
+    if section.own_text is None:
+        size = -(-tokens // section.length)
+        return packed("data.heldout", sources, context.tokenizer, section.length, size).sequences
+    documents = [Documents(source, context.tokenizer) for source in sources]
+    with problems_named("data.heldout", sources):
+        prompts = own_prompts(context, documents, "data.heldout", tokens)
+    sequences = []
+    for prompt, text in zip(prompts, own_texts(context, base, prompts, "own_heldout"), strict=True):
+        sequence = with_labels(text, torch.arange(len(text)) == 0)
+        sequence["labels"][: len(prompt)] = -100
+        sequences.append(sequence)
+    return sequences
+
+
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
     base = merged_model(context).to(context.device)
     if section.bf16:
         to_bfloat16(base)
-    documents = None if section.own_text is None else [own_texts(context, base, section)]
+    documents = None
+    if section.own_text is not None:
+        prompts = own_prompts(context, context.training_documents, "data.train", section.own_text)
+        documents = [own_texts(context, base, prompts, "own_text")]
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
-    tokens = (context.recipe.evaluate or EvaluateSection()).tokens
-    data = packed(
-        "data.heldout", context.recipe.data.heldout, context.tokenizer, section.length, -(-tokens // section.length)
-    )
-    accuracy = head_accuracy(model.eval(), data, context.device)
+    accuracy = head_accuracy(model.eval(), heldout_sequences(context, base, section), context.device)
     tree, sizes = fastest_tree(model, [head["ranks"] for head in accuracy])
     metrics = {"loss": losses, "head_accuracy": accuracy, "tree": tree.paths, "tree_sizes": sizes}
     return Artifact(context.stage_directory("medusa"), metrics)

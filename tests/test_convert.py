@@ -92,7 +92,7 @@ def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
     written = tmp_path / "run" / "medusa" / "own_text" / "000000.safetensors"
     rows = [row for _, row in sorted(load_file(written).items())]
     context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
-    base, prompts = merged_model(context), own_prompts(context, context.recipe.medusa)
+    base, prompts = merged_model(context), own_prompts(context, context.training_documents, "data.train", 150)
     assert len(rows) == len(prompts) == 3
     arguments = {"max_new_tokens": 50 - max(map(len, prompts)), "do_sample": False}
     for row, prompt in zip(rows, prompts, strict=True):
@@ -106,7 +106,7 @@ def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
 
     # What is written already is not written again.
     base.generate = None
-    assert all(map(torch.equal, own_texts(context, base, context.recipe.medusa), rows))
+    assert all(map(torch.equal, own_texts(context, base, prompts, "own_text"), rows))
 
 
 def test_only_needs_the_stages_before(linearize, recipe):
