@@ -127,6 +127,7 @@ class Step:
 
     Attributes:
         last: [B], each row's latest token, not in the cache yet; hidden: [B, C], what heads guess from.
+        constants: of the tree, on the device.
     """
 
     def __init__(
@@ -137,10 +138,11 @@ class Step:
         self.last, self.hidden = last, hidden
         self.heads, self.tree = (None, ALONE) if draft is None else draft
         tree = self.tree
-        self.depths, self.ancestors, self.ways, self.ranks, self.parents = (
+        self.constants = [
             torch.as_tensor(x, device=last.device)
             for x in (tree.depths, tree.ancestors, tree.ways, tree.ranks, (0, *tree.parents[1:]))
-        )
+        ]
+        self.depths, self.ancestors, self.ways, self.ranks, self.parents = self.constants
 
     def __call__(self, texts: list[Tensor]) -> Tensor:
         """[B, depth + 2]: new tokens, -1 behind a row's last, and whether it is done.

@@ -97,11 +97,12 @@ class Replay:
 
 @dataclass
 class Captured:
-    """graph: None where a step could not be captured; tensors: `Step.tensors` that it works on; found: what the step
-    returns."""
+    """graph: None where a step could not be captured; tensors: `Step.tensors` that it works on; constants: `Step`'s,
+    which it reads; found: what the step returns."""
 
     graph: torch.cuda.CUDAGraph | None
     tensors: list[Tensor]
+    constants: list[Tensor]
     found: Tensor | None
 
 
@@ -118,8 +119,8 @@ def capture(step) -> Captured:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)
-        return Captured(None, [], None)
-    return Captured(graph, twin.tensors(), found)
+        return Captured(None, [], [], None)
+    return Captured(graph, twin.tensors(), twin.constants, found)
 
 
 def remember(step) -> None:

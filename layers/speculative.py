@@ -29,9 +29,8 @@ def attach_heads(model, heads: MedusaHeads, tree: DraftTree) -> None:
             f"the tree is {depth} guesses deep, for {len(heads.blocks)} heads and a cache that keeps {slack} tokens in "
             "reserve (slack); use a tree no deeper than both"
         )
-    weight = model.get_output_embeddings().weight
     # Not a submodule: the model's own weights stay as they are.
-    model.__dict__["draft"] = heads.to(weight.device, weight.dtype).eval(), tree
+    model.__dict__["draft"] = heads.eval(), tree
 
 
 def load_heads(model) -> None:
@@ -84,8 +83,11 @@ def speculate(
     others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LinearCacheLayer)}
     if others:
         raise ValueError(f"layers with {', '.join(sorted(others))} cannot verify a tree; decode without speculation")
+    heads, tree = model.__dict__["draft"]
+    # Where the model is now.
+    weight = model.get_output_embeddings().weight
+    draft = heads.to(weight.device, weight.dtype), tree
     choose = Choice(logits_processor, generation_config.do_sample, typical_acceptance)
     return decode(
-        model, input_ids, choose, stopping_criteria, generation_config, model_kwargs, model.__dict__["draft"],
-        token_streamer,
-    )  # fmt: skip
+        model, input_ids, choose, stopping_criteria, generation_config, model_kwargs, draft, token_streamer
+    )

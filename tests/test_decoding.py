@@ -107,7 +107,7 @@ def test_graphs_go_on_as_steps_do(name, speculate, monkeypatch):
         captured = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
         assert any(found.graph is not None for found in graphs._graphs[model].values())
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "refuses", lambda step: "not now")
+            patch.setattr(graphs, "refuses", lambda step: "not now")
             steps = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
         assert torch.equal(captured.sequences, steps.sequences)
         for x, y in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
