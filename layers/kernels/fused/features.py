@@ -18,7 +18,7 @@ from .tiles import LOG2E, sigmoid, softmax, softplus
 
 ROWS = 32
 # Kernels are not compiled again for another length.
-SLOTS = ["T", "H", "past", "first", "held_slots", "slots"]
+SLOTS = ["T", "H", "past", "first", "held_slots", "skip", "slots"]
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _length(xs):
 
 @triton.jit(do_not_specialize=SLOTS)
 def _forward(
-    x, W, w_query, w_gate, b_gate, phi, log_decay, beta, source, x_b, x_h, x_t, H, T, past, first, held_slots, slots,
-    scale_q,
+    x, W, w_query, w_gate, b_gate, phi, log_decay, beta, source, x_b, x_h, x_t, H, T, past, first, held_slots,
+    skip, slots, scale_q,
     D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr, WEIGHED: tl.constexpr,
     BF: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """phi [B * H, held_slots, BF] of slots from `first` on, zero where there is no token, and gates of tokens."""
+    """phi [B * H, held_slots, BF] (from `skip` on) of slots from `first` on, zero where no token is; and gates."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     place, token, held = rows_of(source, batch, first, slots, past, T, ROWS, INDEXED)
@@ -93,6 +93,7 @@ def _forward(
         _, logit = _along(xs, w_gate, head, 1, D, BD, GATES)
         tl.store(beta + at, sigmoid(logit / length + tl.load(b_gate + head * GATES + 1)), mask=held)
     y = tl.arange(0, BY)[None, :]
+    place += skip
     inside = (place < held_slots)[:, None] & (y < Y)
     at = (row * held_slots + place)[:, None] * BF + y
     scale = tl.where(held, scale, 0.0)
@@ -103,15 +104,17 @@ def _forward(
 @triton.jit(do_not_specialize=SLOTS)
 def _backward(
     x, W, w_query, w_gate, b_gate, dphi, dlog_decay, dbeta, dx, dy, dlogits, source, x_b, x_h, x_t,
-    H, T, past, first, held_slots, slots, scale_q,
+    H, T, past, first, held_slots, skip, slots, scale_q,
     D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr, WEIGHED: tl.constexpr,
     BF: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """dx; dy [B, H, T, Y], of xW; and `dlogits` [B, H, T, 1] of x.w of queries, or [B, H, T, 2 GATES] of keys: of the
-    gates' x.w, and of their biases; all by token, of `dphi` by slot."""
+    """dx; dy, of xW, by slot from `first` on; and `dlogits` [B, H, T, 1] of x.w of queries, or [B, H, T, 2 GATES] of
+    keys: of the gates' x.w, and of their biases."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // H, row % H
     place, token, held = rows_of(source, batch, first, slots, past, T, ROWS, INDEXED)
+    at_dy = (row * tl.num_programs(1) * ROWS + place)[:, None] * Y
+    place += skip
     held = held & (place < held_slots)
     xs, weight, up, down, scale = _halves(x, W, batch, head, token, held, x_b, x_h, x_t, D, BD, Y, BY, UNIT, ROWS, P)
     at = row * T + token
@@ -132,8 +135,8 @@ def _backward(
         tl.store(dlogits + at, along, mask=held)
     d_up = up * (d_up - tl.sum(d_up * up, axis=1)[:, None])
     d_down = down * (d_down - tl.sum(d_down * down, axis=1)[:, None])
-    dys = ((d_up - d_down) * scale[:, None]).to(weight.dtype)
-    tl.store(dy + at[:, None] * Y + y, dys, mask=inside)
+    dys = tl.where(held[:, None], (d_up - d_down) * scale[:, None], 0.0).to(weight.dtype)
+    tl.store(dy + at_dy + y, dys, mask=y < Y)
     dxs = tl.dot(dys, tl.trans(weight), input_precision=P)
     if WEIGHED:
         dxs += along[:, None] * w[None, :]
@@ -193,12 +196,12 @@ class Hedgehog:
             x.new_empty(x.shape[:3], dtype=torch.float32) if gates > number else None for number in range(2)
         )
 
-    def _launch(self, kernel, first: int, count: int, *tensors: Tensor | None) -> None:
+    def _launch(self, kernel, first: int, count: int, held: int, skip: int, *tensors: Tensor | None) -> None:
         batch, heads, tokens, _ = self.x.shape
         slots = 0 if self.source is None else self.source[0].numel()
         kernel[(batch * heads, triton.cdiv(count, ROWS))](
-            self.x, *self.weights, *tensors, self.source, *self.x.stride()[:3], heads, tokens, self.past, first, count,
-            slots, self.scale, **self.constants,
+            self.x, *self.weights, *tensors, self.source, *self.x.stride()[:3], heads, tokens, self.past, first, held,
+            skip, slots, self.scale, **self.constants,
         )  # fmt: skip
 
     def of(self, first: int, count: int) -> Tensor:
@@ -206,7 +209,7 @@ class Hedgehog:
         # What no program writes must be zero.
         make = self.x.new_empty if self.columns == 2 * self.constants["Y"] else self.x.new_zeros
         phi = make(self.x.shape[0] * self.x.shape[1] * count, self.columns)
-        self._launch(_forward, first, count, phi, self.log_decay, self.beta)
+        self._launch(_forward, first, count, count, 0, phi, self.log_decay, self.beta)
         return phi
 
     def start_back(self) -> None:
@@ -215,12 +218,29 @@ class Hedgehog:
         x, few = self.x, dict(device=self.x.device)
         kinds = 1 if self.constants["WEIGHED"] else 2 * self.constants["GATES"]
         self.dx = make(x.shape, dtype=x.dtype, **few)
-        self.dy = make(*x.shape[:3], self.constants["Y"], dtype=x.dtype, **few)
+        self.dW = torch.zeros(self.weights[0].shape, **few)
         self.dlogits = make(*x.shape[:3], kinds, dtype=torch.float32, **few)
 
-    def back(self, first: int, count: int, dphi: Tensor, dlog_decay: Tensor | None, dbeta: Tensor | None) -> None:
-        """dphi as `of` gives phi; of gates by token."""
-        self._launch(_backward, first, count, dphi, dlog_decay, dbeta, self.dx, self.dy, self.dlogits)
+    def back(
+        self, first: int, count: int, dphi: Tensor, dlog_decay: Tensor | None, dbeta: Tensor | None, skip: int = 0
+    ) -> None:
+        """Of `count` slots; dphi as `of` gives phi, with `skip` slots of each row before them and maybe more behind;
+        gradients of gates by token."""
+        x, batch, heads = self.x, *self.x.shape[:2]
+        held = dphi.numel() // (self.columns * batch * heads)
+        dy = x.new_empty(batch, heads, triton.cdiv(count, ROWS) * ROWS, self.constants["Y"])
+        self._launch(_backward, first, count, held, skip, dphi, dlog_decay, dbeta, self.dx, dy, self.dlogits)
+        # The tokens of these slots.
+        if self.source is None:
+            start, end = max(first - self.past, 0), min(first + count - self.past, x.shape[2])
+            if start >= end:
+                return
+            skip = start + self.past - first
+            x, dy = x[:, :, start:end], dy[:, :, skip : skip + end - start]
+        else:
+            index = (self.source.flatten(1)[:, first : first + count].long() - self.past).clamp(min=0)
+            x = x.gather(2, index[:, None, :, None].expand(-1, heads, -1, x.shape[3]))
+        self.dW += (x.mT @ dy).sum(0)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Of x and of each of `weights`."""
@@ -234,7 +254,7 @@ class Hedgehog:
         if gates:
             dw_gate = of_weights(self.dlogits[..., :gates])
             db_gate = self.dlogits[..., gates:].sum((0, 2)).unsqueeze(1)
-        return self.dx, of_weights(self.dy), dw_query, dw_gate, db_gate
+        return self.dx, self.dW, dw_query, dw_gate, db_gate
 
 
 class _Hedgehog(torch.autograd.Function):
