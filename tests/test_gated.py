@@ -115,8 +115,8 @@ def check(config, segments=None, **sizes):
     if segments is not None:
         segments = segments.to(DEVICE)
         valid = (segments > 0)[:, None, :, None]
-    torch.manual_seed(0)
-    weights = torch.randn(inputs[0].shape, device=DEVICE).to(inputs[0].dtype) * valid
+    # The same on all devices: in few numbers that all tokens share, terms of both signs may cancel nearly to nothing.
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(valid.device, dtype) * valid
     expected = run(reference, exact_inputs, segments=segments)
     layer.backend = "fused"
     poison()
@@ -162,7 +162,7 @@ def test_documents_and_padding(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sequences_in_segments(name, chunks, dtype, in_segments):
     in_segments(chunks)
-    check(CONFIGS[name], length=290, dtype=dtype)
+    check(CONFIGS[name], heads=4, kv_heads=2, length=290, dtype=dtype)
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -186,12 +186,12 @@ class _States:
             C=size, SINKS=constants["SINKS"], STORE=stores, **some, **LAUNCH["prepare"],
         )  # fmt: skip
         # A segment after this one begins with the last chunk of this one.
-        leaves_at = segment.end - (each or segment.end < shape.chunks)
+        after = not each and segment.end == shape.chunks
         walk[(rows, triton.cdiv(constants["V"], block))](
             by_slot(phi, columns), by_slot(u, block), numbers.own, numbers.mass, by_slot(W, columns), G,
             *(start or (None, None)), _descriptor(states, columns, block) if each else None, sums, *end, shape.carries,
-            shape.kv_heads, shape.chunks, segment.begin, span, leaves_at, BV=width, BE=block, BF=columns, C=size,
-            HAS_STATE=start is not None, STATES=each, **some, **LAUNCH["walk"],
+            shape.kv_heads, shape.chunks, segment.begin, span, BV=width, BE=block, BF=columns, C=size,
+            HAS_STATE=start is not None, STATES=each, AFTER=after, **some, **LAUNCH["walk"],
         )  # fmt: skip
         return cls(phi, u, W, inverse, states, sums, end)
 

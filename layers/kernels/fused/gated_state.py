@@ -88,63 +88,78 @@ def _column(x, dtype: tl.constexpr):
     return (x[:, None] + tl.zeros([1, COPIES], tl.float32)).to(dtype)
 
 
+@triton.jit
+def _step(
+    M, Z, number, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin, span,
+    BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, STATES: tl.constexpr,
+    INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """M and Z after a chunk, of those before it."""
+    column = block * BE
+    feature = tl.arange(0, BF)
+    place = ((row * span + number) * C).to(tl.int32)
+    slot = (row * n + begin + number) * C
+    if INDEXED:
+        carry = carry_of(carries, chunks, begin + number, n)
+        M = M * carry
+        Z = Z * carry
+    if STATES:
+        place_f = (row * span + number) * BF
+        states.store([place_f.to(tl.int32), column], M.to(dtype))
+        if block == 0:
+            tl.store(state_sums + place_f + feature, tl.sum(Z, axis=1) / COPIES)
+    us = u.load([place, column])
+    mass = _column(tl.load(u_mass + slot + tl.arange(0, C)), tl.float32)
+    if DELTA:
+        Ws = W.load([place, 0])
+        left = us.to(tl.float32) - tl.dot(Ws, M.to(dtype), input_precision=P)
+        mass -= tl.dot(Ws, Z.to(dtype), input_precision=P)
+        u.store([place, column], left.to(dtype))
+        us = left
+    if block == 0:
+        tl.store(u_mass_all + slot + tl.arange(0, C), tl.sum(mass, axis=1) / COPIES)
+    sums = tl.load(G + slot + tl.arange(0, C))
+    end = tl.load(G + slot + C - 1)
+    leaving = tl.exp2((end - sums) * LOG2E)[:, None]
+    phis = tl.trans(phi.load([place, 0]))
+    total = tl.exp2(end * LOG2E)
+    M = tl.dot(phis, (us * leaving).to(dtype), M * total, input_precision=P)
+    Z = tl.dot(phis, (mass * leaving).to(dtype), Z * total, input_precision=P)
+    return M, Z
+
+
 @triton.jit(do_not_specialize=SIZES)
 def walk(
     phi, u, u_mass, u_mass_all, W, G, initial_S, initial_z, states, state_sums, end_S, end_z, carries,
-    H, n, begin, span, leaves_at,
+    H, n, begin, span,
     BV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, HAS_STATE: tl.constexpr,
-    STATES: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
+    STATES: tl.constexpr, AFTER: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """M before each chunk (where STATES) and, as `end`, before chunk `leaves_at`; BE of BV columns per program; u in
+    """M before each chunk (where STATES) and, as `end`, before the last or AFTER it; BE of BV columns per program; u in
     the place of u_0."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunks = row // H * n
     feature = tl.arange(0, BF)
-    column = block * BE
-    at = feature[:, None] * BV + column + tl.arange(0, BE)[None, :]
+    at = feature[:, None] * BV + block * BE + tl.arange(0, BE)[None, :]
     M = tl.zeros([BF, BE], tl.float32)
     Z = tl.zeros([BF, COPIES], tl.float32)
     if HAS_STATE:
         M = tl.load(initial_S + row * BF * BV + at)
         Z = tl.load(initial_z + row * BF + feature[:, None] + tl.zeros([1, COPIES], tl.int32))
-    for number in range(span):
-        c = begin + number
-        place = ((row * span + number) * C).to(tl.int32)
-        slot = (row * n + c) * C
-        if c == leaves_at:
-            tl.store(end_S + row * BF * BV + at, M)
-            if block == 0:
-                tl.store(end_z + row * BF + feature, tl.sum(Z, axis=1) / COPIES)
-        if INDEXED:
-            carry = carry_of(carries, chunks, c, n)
-            M = M * carry
-            Z = Z * carry
-        if STATES:
-            place_f = (row * span + number) * BF
-            states.store([place_f.to(tl.int32), column], M.to(dtype))
-            if block == 0:
-                tl.store(state_sums + place_f + feature, tl.sum(Z, axis=1) / COPIES)
-        us = u.load([place, column])
-        mass = _column(tl.load(u_mass + slot + tl.arange(0, C)), tl.float32)
-        if DELTA:
-            Ws = W.load([place, 0])
-            left = us.to(tl.float32) - tl.dot(Ws, M.to(dtype), input_precision=P)
-            mass -= tl.dot(Ws, Z.to(dtype), input_precision=P)
-            u.store([place, column], left.to(dtype))
-            us = left
-        if block == 0:
-            tl.store(u_mass_all + slot + tl.arange(0, C), tl.sum(mass, axis=1) / COPIES)
-        sums = tl.load(G + slot + tl.arange(0, C))
-        end = tl.load(G + slot + C - 1)
-        leaving = tl.exp2((end - sums) * LOG2E)[:, None]
-        phis = tl.trans(phi.load([place, 0]))
-        total = tl.exp2(end * LOG2E)
-        M = tl.dot(phis, (us * leaving).to(dtype), M * total, input_precision=P)
-        Z = tl.dot(phis, (mass * leaving).to(dtype), Z * total, input_precision=P)
-    if begin + span == leaves_at:
-        tl.store(end_S + row * BF * BV + at, M)
-        if block == 0:
-            tl.store(end_z + row * BF + feature, tl.sum(Z, axis=1) / COPIES)
+    # The last chunk is apart: what comes after it may not be asked for.
+    for number in range(span if AFTER else span - 1):
+        M, Z = _step(
+            M, Z, number, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin,
+            span, BE, BF, C, DELTA, STATES, INDEXED, P, dtype,
+        )  # fmt: skip
+    tl.store(end_S + row * BF * BV + at, M)
+    if block == 0:
+        tl.store(end_z + row * BF + feature, tl.sum(Z, axis=1) / COPIES)
+    if not AFTER:
+        _step(
+            M, Z, span - 1, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin,
+            span, BE, BF, C, DELTA, STATES, INDEXED, P, dtype,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
