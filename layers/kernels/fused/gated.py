@@ -60,25 +60,28 @@ def refuses(problem) -> str | None:
 def attention(problem) -> Tensor:
     """[B, H, T, D_v] in the dtype of v, differentiable; of a problem that `refuses` has nothing against."""
     dtype, config = problem.v.dtype, problem.config
-    kinds = None
-    sides = problem.q_features, problem.k_features
-    if all(_made_here(side, dtype) for side in sides):
-        kinds = [(side.unit, side.scale) for side in sides]
-        tensors = []
-        for side in sides:
-            gates = side.token_gates
-            few = (None, None) if gates is None else (gates.weight, gates.bias)
-            tensors += [side.x.to(dtype), side.map.weight, side.lam_query, *few]
-    else:
-        phi_q, phi_k = problem.phi_q.to(dtype), problem.phi_k.to(dtype)
-        tensors = [phi_q, None, None, phi_k, *_gates(problem.gates, phi_k)]
     sink_q = problem.sink_q.to(dtype) if config.sinks and problem.sink_q is not None else None
+    kinds, tensors = _far(problem, dtype)
     # A function's context does not know of `no_grad`.
     stores = torch.is_grad_enabled()
     return _Attention.apply(
         problem.q.to(dtype), problem.k.to(dtype), problem.v, sink_q, problem.weights.near, problem.weights.far,
         problem.weights.conv, problem.state, Shape.of(problem), stores, kinds, *tensors,
     )  # fmt: skip
+
+
+def _far(problem, dtype: torch.dtype) -> tuple[list | None, list]:
+    """What features and gates are made of, as many tensors of queries as of keys, and how; or, with None, what they are
+    (`_sides` takes both)."""
+    sides = problem.q_features, problem.k_features
+    if not all(_made_here(side, dtype) for side in sides):
+        phi_q, phi_k = problem.phi_q.to(dtype), problem.phi_k.to(dtype)
+        return None, [phi_q, None, None, phi_k, *_gates(problem.gates, phi_k)]
+    tensors = []
+    for side in sides:
+        gates = (None, None) if side.token_gates is None else (side.token_gates.weight, side.token_gates.bias)
+        tensors += [side.x.to(dtype), side.map.weight, side.lam_query, *gates]
+    return [(side.unit, side.scale) for side in sides], tensors
 
 
 def _made_here(side, dtype: torch.dtype) -> bool:
@@ -225,7 +228,7 @@ def _without(constants: dict, *names: str) -> dict:
 
 
 def _sides(shape: Shape, columns: int, kinds: list | None, tensors) -> list:
-    """What makes features of queries and of keys, of the tensors that `attention` passes."""
+    """What makes features of queries and of keys, of what `_far` gives."""
     half = len(tensors) // 2
     sides = []
     for number, (x, *few) in enumerate((tensors[:half], tensors[half:])):
@@ -262,6 +265,7 @@ class _Attention(torch.autograd.Function):
         sink_q_ = _given(shape, constants["BD"], sink_q)
 
         def attend(segment, start):
+            """`out` of a segment; its states and features of queries: for backward those of the next chunk, too."""
             side = _States.of(keys, v, numbers, start, shape, constants, segment, True, stores and len(segments) == 1)
             held = segment.chunks + stores
             phi_q = queries.of(segment.start * size, held * size)
@@ -276,7 +280,8 @@ class _Attention(torch.autograd.Function):
             return side, phi_q
 
         for segment in segments:
-            starts.append(start)
+            if stores:
+                starts.append(start)
             # What is not kept is freed before the next segment's is made.
             side, phi_q = attend(segment, start)
             start = side.end
@@ -297,14 +302,13 @@ class _Attention(torch.autograd.Function):
         shape, numbers, (constants, window) = ctx.shape, ctx.numbers, ctx.keywords
         batch, heads, rows, n = shape.batch, shape.heads, shape.batch * shape.kv_heads, shape.chunks
         size, width, features, block_f = (constants[name] for name in ("C", "BV", "BF", "BLOCK_F"))
-        G, queries_keys = numbers.G, _sides(shape, features, ctx.kinds, tensors)
-        queries, keys = queries_keys
+        G, (queries, keys) = numbers.G, _sides(shape, features, ctx.kinds, tensors)
         keys.log_decay, keys.beta = ctx.gates
         delta, seen = keys.beta is not None, window["FAR_BEFORE"]
         dq, dk, dv = results(shape, q, k, v)
         dsink_q = None if sink_q is None else results(shape, q)[0]
-        for side in queries_keys:
-            side.start_back()
+        queries.start_back()
+        keys.start_back()
         centre = torch.empty_like(lse)
         slope = room(shape)(lse.shape, device=lse.device)
         peak = torch.empty_like(lse, dtype=torch.int32)
@@ -320,12 +324,12 @@ class _Attention(torch.autograd.Function):
         gates = G.new_zeros(*v.shape[:3]) if keys.log_decay is None else keys.log_decay
         dlog_decay = room(shape)(gates.shape, device=G.device)
         dbeta = room(shape)(gates.shape, device=G.device) if delta else None
-        block, segments = _column_block(v.shape[-1], width), segments_of(shape)
-        blocks = triton.cdiv(v.shape[-1], block)
-        goes_on = len(segments) > 1
+        segments, block = segments_of(shape), _column_block(v.shape[-1], width)
+        blocks, goes_on = triton.cdiv(v.shape[-1], block), len(segments) > 1
         dM = (G.new_zeros(rows, features, width), G.new_zeros(rows, blocks, features)) if goes_on else (None, None)
 
         def segment_back(segment, start):
+            """dphi_q and dphi_k, by slot; the rest into tensors of the whole sequence."""
             held = segment.chunks + 1
             side, phi_q = ctx.whole or (
                 _States.of(keys, v, numbers, start, shape, constants, segment, True, True),
@@ -383,7 +387,7 @@ class _Attention(torch.autograd.Function):
             )  # fmt: skip
             return dphi_q.base, dphi_k.base
 
-        for segment, start in reversed(list(zip(segments_of(shape), ctx.starts, strict=True))):
+        for segment, start in zip(reversed(segments), reversed(ctx.starts), strict=True):
             dphi_q, dphi_k = segment_back(segment, start)
             slots = segment.start * size, segment.chunks * size
             queries.back(*slots, dphi_q, None, None)
