@@ -259,15 +259,15 @@ class _Attention(torch.autograd.Function):
         numbers, segments = _Numbers.of(shape, constants), segments_of(shape)
         rows = shape.batch * shape.heads * q.shape[2] if stores else 0
         attended, lse, mass, top = (numbers.G.new_empty(rows, *size) for size in ((v.shape[-1],), (), (), ()))
-        start = None if state is None else _padded(state, constants["BF"], width)
-        starts = []
+        keeps = stores and len(segments) == 1
+        starts, start = [], None if state is None else _padded(state, constants["BF"], width)
         by_d, by_v = shape.given(constants["BD"], q, k), shape.given(width, v, out)
         sink_q_ = _given(shape, constants["BD"], sink_q)
 
         def attend(segment, start):
             """`out` of a segment; its states and features of queries: for backward those of the next chunk, too."""
-            side = _States.of(keys, v, numbers, start, shape, constants, segment, True, stores and len(segments) == 1)
-            held = segment.chunks + stores
+            side = _States.of(keys, v, numbers, start, shape, constants, segment, each=True, stores=keeps)
+            held = segment.chunks + keeps
             phi_q = queries.of(segment.start * size, held * size)
             forward[(shape.batch * shape.heads, segment.chunks)](
                 *by_d, by_v[0], *sink_q_, k, v, by_v[1], _descriptor(phi_q, size, block_f),
@@ -285,12 +285,12 @@ class _Attention(torch.autograd.Function):
             # What is not kept is freed before the next segment's is made.
             side, phi_q = attend(segment, start)
             start = side.end
-            if len(segments) > 1:
+            if not keeps:
                 del side, phi_q
         if stores:
             ctx.save_for_backward(q, k, v, sink_q, near, far, conv, attended, lse, mass, top, *tensors)
             ctx.starts, ctx.numbers, ctx.gates = starts, numbers, (keys.log_decay, keys.beta)
-            ctx.whole = (side, phi_q) if len(segments) == 1 else None
+            ctx.whole = (side, phi_q) if keeps else None
         ctx.shape, ctx.keywords, ctx.kinds = shape, (constants, window), kinds
         return out
 
@@ -332,7 +332,7 @@ class _Attention(torch.autograd.Function):
             """dphi_q and dphi_k, by slot; the rest into tensors of the whole sequence."""
             held = segment.chunks + 1
             side, phi_q = ctx.whole or (
-                _States.of(keys, v, numbers, start, shape, constants, segment, True, True),
+                _States.of(keys, v, numbers, start, shape, constants, segment, each=True, stores=True),
                 queries.of(segment.start * size, held * size),
             )
             sizes = shape.tokens, shape.past, n, segment.start
