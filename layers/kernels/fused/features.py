@@ -12,24 +12,37 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...feature_maps import Hedgehog
+from ...feature_maps import Hedgehog as HedgehogMap
 from ..memory import Gates
 from .tiles import LOG2E, sigmoid, softmax, softplus
 
 ROWS = 32
+# Kernels are not compiled again for another length.
+SLOTS = ["T", "H", "past", "first", "held_slots", "skip", "slots"]
+
+
+@triton.jit
+def rows_of(source, batch, first, slots, past, T, ROWS: tl.constexpr, INDEXED: tl.constexpr):
+    """Of a program's rows, which are slots from the `first` one on: their numbers from there, the tokens in them,
+    counted from `past` on, and whether there are any. `slots` are all of a sequence."""
+    place = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = first + place
+    if INDEXED:
+        token = tl.load(source + batch * slots + token, mask=token < slots, other=-1)
+    token -= past
+    return place, token, (token >= 0) & (token < T)
 
 
 @triton.jit
 def _halves(
-    x, W, batch, head, x_b, x_h, x_t, T,
+    x, W, batch, head, token, held, x_b, x_h, x_t,
     D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr,
     P: tl.constexpr,
 ):  # fmt: skip
-    """Which tokens, x [ROWS, BD], W [BD, BY], both softmaxes [ROWS, BY], and what scales them to unit length [ROWS]."""
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    """x [ROWS, BD], W [BD, BY], both softmaxes [ROWS, BY], and what scales them to unit length [ROWS]."""
     d, y = tl.arange(0, BD), tl.arange(0, BY)
     at = x + batch * x_b + head * x_h + token[:, None].to(tl.int64) * x_t + d[None, :]
-    xs = tl.load(at, mask=(token < T)[:, None] & (d < D)[None, :], other=0.0)
+    xs = tl.load(at, mask=held[:, None] & (d < D)[None, :], other=0.0)
     at = W + head * D * Y + d[:, None] * Y + y[None, :]
     weight = tl.load(at, mask=(d < D)[:, None] & (y < Y)[None, :], other=0.0)
     projected = tl.dot(xs, weight, input_precision=P)
@@ -38,7 +51,7 @@ def _halves(
     scale = tl.full([ROWS], 1.0, tl.float32)
     if UNIT:
         scale = tl.rsqrt(tl.sum(up * up, axis=1) + tl.sum(down * down, axis=1))
-    return token, xs, weight, up, down, scale
+    return xs, weight, up, down, scale
 
 
 @triton.jit
@@ -55,15 +68,18 @@ def _length(xs):
     return tl.maximum(tl.sqrt(tl.sum(xs * xs, axis=1)), 1e-12)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=SLOTS)
 def _forward(
-    x, W, w_query, w_gate, b_gate, phi, log_decay, beta, x_b, x_h, x_t, H, T, scale_q,
+    x, W, w_query, w_gate, b_gate, phi, log_decay, beta, source, x_b, x_h, x_t, H, T, past, first, held_slots,
+    skip, slots, scale_q,
     D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr, WEIGHED: tl.constexpr,
-    GATES: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    BF: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    """phi [B * H, held_slots, BF] (from `skip` on) of slots from `first` on, zero where no token is; and gates."""
     row = tl.program_id(0).to(tl.int64)
-    head = row % H
-    token, xs, _, up, down, scale = _halves(x, W, row // H, head, x_b, x_h, x_t, T, D, BD, Y, BY, UNIT, ROWS, P)
+    batch, head = row // H, row % H
+    place, token, held = rows_of(source, batch, first, slots, past, T, ROWS, INDEXED)
+    xs, _, up, down, scale = _halves(x, W, batch, head, token, held, x_b, x_h, x_t, D, BD, Y, BY, UNIT, ROWS, P)
     at = row * T + token
     if WEIGHED:
         _, logit = _along(xs, w_query, head, 0, D, BD, 1)
@@ -72,33 +88,41 @@ def _forward(
         length = _length(xs)
         _, logit = _along(xs, w_gate, head, 0, D, BD, GATES)
         logit = logit / length + tl.load(b_gate + head * GATES)
-        tl.store(log_decay + at, -softplus(logit), mask=token < T)
+        tl.store(log_decay + at, -softplus(logit), mask=held)
     if GATES > 1:
         _, logit = _along(xs, w_gate, head, 1, D, BD, GATES)
-        tl.store(beta + at, sigmoid(logit / length + tl.load(b_gate + head * GATES + 1)), mask=token < T)
+        tl.store(beta + at, sigmoid(logit / length + tl.load(b_gate + head * GATES + 1)), mask=held)
     y = tl.arange(0, BY)[None, :]
-    inside = (token < T)[:, None] & (y < Y)
-    tl.store(phi + at[:, None] * (2 * Y) + y, up * scale[:, None], mask=inside)
-    tl.store(phi + at[:, None] * (2 * Y) + Y + y, down * scale[:, None], mask=inside)
+    place += skip
+    inside = (place < held_slots)[:, None] & (y < Y)
+    at = (row * held_slots + place)[:, None] * BF + y
+    scale = tl.where(held, scale, 0.0)
+    tl.store(phi + at, up * scale[:, None], mask=inside)
+    tl.store(phi + at + Y, down * scale[:, None], mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=SLOTS)
 def _backward(
-    x, W, w_query, w_gate, b_gate, dphi, dlog_decay, dbeta, dx, dy, dlogits, x_b, x_h, x_t, H, T, scale_q,
+    x, W, w_query, w_gate, b_gate, dphi, dlog_decay, dbeta, dx, dy, dlogits, source, x_b, x_h, x_t,
+    H, T, past, first, held_slots, skip, slots, scale_q,
     D: tl.constexpr, BD: tl.constexpr, Y: tl.constexpr, BY: tl.constexpr, UNIT: tl.constexpr, WEIGHED: tl.constexpr,
-    GATES: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    BF: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """dx; dy [B, H, T, Y], of xW; and `dlogits` [B, H, T, 1] of x.w of queries, or [B, H, T, 2 GATES] of keys: of the
-    gates' x.w, and of their biases."""
+    """dx; dy, of xW, by slot from `first` on; and `dlogits` [B, H, T, 1] of x.w of queries, or [B, H, T, 2 GATES] of
+    keys: of the gates' x.w, and of their biases."""
     row = tl.program_id(0).to(tl.int64)
-    head = row % H
-    token, xs, weight, up, down, scale = _halves(x, W, row // H, head, x_b, x_h, x_t, T, D, BD, Y, BY, UNIT, ROWS, P)
+    batch, head = row // H, row % H
+    place, token, held = rows_of(source, batch, first, slots, past, T, ROWS, INDEXED)
+    at_dy = (row * tl.num_programs(1) * ROWS + place)[:, None] * Y
+    place += skip
+    held = held & (place < held_slots)
+    xs, weight, up, down, scale = _halves(x, W, batch, head, token, held, x_b, x_h, x_t, D, BD, Y, BY, UNIT, ROWS, P)
     at = row * T + token
-    held = token < T
     y = tl.arange(0, BY)[None, :]
     inside = held[:, None] & (y < Y)
-    d_up = tl.load(dphi + at[:, None] * (2 * Y) + y, mask=inside, other=0.0).to(tl.float32)
-    d_down = tl.load(dphi + at[:, None] * (2 * Y) + Y + y, mask=inside, other=0.0).to(tl.float32)
+    at_phi = (row * held_slots + place)[:, None] * BF + y
+    d_up = tl.load(dphi + at_phi, mask=inside, other=0.0).to(tl.float32)
+    d_down = tl.load(dphi + at_phi + Y, mask=inside, other=0.0).to(tl.float32)
     along = (tl.sum(d_up * up, axis=1) + tl.sum(d_down * down, axis=1)) * scale
     if UNIT:
         d_up -= up * (along * scale)[:, None]
@@ -111,8 +135,8 @@ def _backward(
         tl.store(dlogits + at, along, mask=held)
     d_up = up * (d_up - tl.sum(d_up * up, axis=1)[:, None])
     d_down = down * (d_down - tl.sum(d_down * down, axis=1)[:, None])
-    dys = ((d_up - d_down) * scale[:, None]).to(weight.dtype)
-    tl.store(dy + at[:, None] * Y + y, dys, mask=inside)
+    dys = tl.where(held[:, None], (d_up - d_down) * scale[:, None], 0.0).to(weight.dtype)
+    tl.store(dy + at_dy + y, dys, mask=y < Y)
     dxs = tl.dot(dys, tl.trans(weight), input_precision=P)
     if WEIGHED:
         dxs += along[:, None] * w[None, :]
@@ -139,54 +163,121 @@ def _backward(
     tl.store(dx + at[:, None] * D + d, dxs, mask=held[:, None] & (d < D))
 
 
+class Hedgehog:
+    """Features of x [B, H, T, D], some slots at a time, and backward of them.
+
+    Args:
+        x: in the dtype of the products; the first token is number `past` of those that slots are of.
+        weights: of the map, of queries and of gates and their biases, or None where there are none.
+        scale: of the weights of queries.
+        source: [B, chunks, C] the token in each slot or -1; None: every token is in the slot of its number.
+        columns: of buffers of features, zero beyond the map's own.
+
+    Attributes:
+        log_decay, beta: [B, H, T], once the slots of all tokens have been asked for.
+    """
+
+    def __init__(self, x: Tensor, weights: list[Tensor | None], unit: bool, scale: float, past: int = 0,
+                 source: Tensor | None = None, columns: int | None = None):  # fmt: skip
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        W, *few = weights
+        self.x, self.scale, self.source, self.past = x, scale, source, past
+        self.weights = [W.detach().to(x.dtype).contiguous()]
+        self.weights += [None if w is None else w.detach().float().contiguous() for w in few]
+        dim, map_columns = W.shape[-2:]
+        gates = 0 if few[1] is None else few[1].shape[-1]
+        self.columns = columns or 2 * map_columns
+        self.constants = dict(
+            D=dim, BD=max(16, triton.next_power_of_2(dim)), Y=map_columns, BF=self.columns,
+            BY=max(16, triton.next_power_of_2(map_columns)), UNIT=unit, WEIGHED=few[0] is not None, GATES=gates,
+            ROWS=ROWS, INDEXED=source is not None, P="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        )  # fmt: skip
+        self.log_decay, self.beta = (
+            x.new_empty(x.shape[:3], dtype=torch.float32) if gates > number else None for number in range(2)
+        )
+
+    def _launch(self, kernel, first: int, count: int, held: int, skip: int, *tensors: Tensor | None) -> None:
+        batch, heads, tokens, _ = self.x.shape
+        slots = 0 if self.source is None else self.source[0].numel()
+        kernel[(batch * heads, triton.cdiv(count, ROWS))](
+            self.x, *self.weights, *tensors, self.source, *self.x.stride()[:3], heads, tokens, self.past, first, held,
+            skip, slots, self.scale, **self.constants,
+        )  # fmt: skip
+
+    def of(self, first: int, count: int) -> Tensor:
+        """phi [B * H * count, columns] of `count` slots."""
+        # What no program writes must be zero.
+        make = self.x.new_empty if self.columns == 2 * self.constants["Y"] else self.x.new_zeros
+        phi = make(self.x.shape[0] * self.x.shape[1] * count, self.columns)
+        self._launch(_forward, first, count, count, 0, phi, self.log_decay, self.beta)
+        return phi
+
+    def start_back(self) -> None:
+        """Room for gradients, of which `back` fills in a part."""
+        make = torch.empty if self.source is None else torch.zeros
+        x, few = self.x, dict(device=self.x.device)
+        kinds = 1 if self.constants["WEIGHED"] else 2 * self.constants["GATES"]
+        self.dx = make(x.shape, dtype=x.dtype, **few)
+        self.dW = torch.zeros(self.weights[0].shape, **few)
+        self.dlogits = make(*x.shape[:3], kinds, dtype=torch.float32, **few)
+
+    def back(
+        self, first: int, count: int, dphi: Tensor, dlog_decay: Tensor | None, dbeta: Tensor | None, skip: int = 0
+    ) -> None:
+        """Of `count` slots; dphi as `of` gives phi, with `skip` slots of each row before them and maybe more behind;
+        gradients of gates by token."""
+        x, batch, heads = self.x, *self.x.shape[:2]
+        held = dphi.numel() // (self.columns * batch * heads)
+        dy = x.new_empty(batch, heads, triton.cdiv(count, ROWS) * ROWS, self.constants["Y"])
+        self._launch(_backward, first, count, held, skip, dphi, dlog_decay, dbeta, self.dx, dy, self.dlogits)
+        # The tokens of these slots.
+        if self.source is None:
+            start, end = max(first - self.past, 0), min(first + count - self.past, x.shape[2])
+            if start >= end:
+                return
+            skip = start + self.past - first
+            x, dy = x[:, :, start:end], dy[:, :, skip : skip + end - start]
+        else:
+            index = (self.source.flatten(1)[:, first : first + count].long() - self.past).clamp(min=0)
+            x = x.gather(2, index[:, None, :, None].expand(-1, heads, -1, x.shape[3]))
+        self.dW += (x.mT @ dy).sum(0)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of x and of each of `weights`."""
+
+        def of_weights(dy):
+            return (self.x.mT @ dy.to(self.x.dtype)).sum(0).float()
+
+        gates, weighed = self.constants["GATES"], self.constants["WEIGHED"]
+        dw_query = of_weights(self.dlogits) if weighed else None
+        dw_gate, db_gate = None, None
+        if gates:
+            dw_gate = of_weights(self.dlogits[..., :gates])
+            db_gate = self.dlogits[..., gates:].sum((0, 2)).unsqueeze(1)
+        return self.dx, self.dW, dw_query, dw_gate, db_gate
+
+
 class _Hedgehog(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, w_query, w_gate, b_gate, unit, scale):
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        weight = W.detach().to(x.dtype).contiguous()
-        few = [None if w is None else w.detach().float().contiguous() for w in (w_query, w_gate, b_gate)]
-        batch, heads, tokens, dim = x.shape
-        columns, gates = W.shape[-1], 0 if w_gate is None else w_gate.shape[-1]
-        constants = dict(
-            D=dim, BD=max(16, triton.next_power_of_2(dim)), Y=columns, BY=max(16, triton.next_power_of_2(columns)),
-            UNIT=unit, WEIGHED=w_query is not None, GATES=gates, ROWS=ROWS,
-            P="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
-        )  # fmt: skip
-        grid = batch * heads, triton.cdiv(tokens, ROWS)
-        phi = x.new_empty(batch, heads, tokens, 2 * columns)
-        log_decay, beta = (
-            x.new_empty(batch, heads, tokens, dtype=torch.float32) if gates > number else None for number in range(2)
-        )
-        _forward[grid](x, weight, *few, phi, log_decay, beta, *x.stride()[:3], heads, tokens, scale, **constants)
-        ctx.save_for_backward(x, weight, *few)
-        ctx.launch = grid, scale, constants
-        return phi, log_decay, beta
+        features = Hedgehog(x, [W, w_query, w_gate, b_gate], unit, scale)
+        phi = features.of(0, x.shape[2]).view(*x.shape[:3], -1)
+        ctx.save_for_backward(x, W, w_query, w_gate, b_gate)
+        ctx.keywords = unit, scale
+        return phi, features.log_decay, features.beta
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dphi, dlog_decay, dbeta):
-        x, weight, *few = ctx.saved_tensors
-        grid, scale, constants = ctx.launch
-        gates, weighed = constants["GATES"], constants["WEIGHED"]
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dy = x.new_empty(*x.shape[:3], weight.shape[-1])
-        dlogits = x.new_empty(*x.shape[:3], 1 if weighed else 2 * gates, dtype=torch.float32)
+        x, *weights = ctx.saved_tensors
+        features = Hedgehog(x, weights, *ctx.keywords)
+        features.start_back()
         given = [None if y is None else y.contiguous() for y in (dphi, dlog_decay, dbeta)]
-        _backward[grid](
-            x, weight, *few, *given, dx, dy, dlogits, *x.stride()[:3], *x.shape[1:3], scale, **constants
-        )
-
-        def of_weights(dy):
-            return (x.mT @ dy.to(x.dtype)).sum(0).float()
-
-        dw_query = of_weights(dlogits) if weighed else None
-        dw_gate, db_gate = None, None
-        if gates:
-            dw_gate, db_gate = of_weights(dlogits[..., :gates]), dlogits[..., gates:].sum((0, 2)).unsqueeze(1)
-        return dx, of_weights(dy), dw_query, dw_gate, db_gate, None, None
+        features.back(0, x.shape[2], *given)
+        return *features.gradients(), None, None
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     """As a product in torch would be."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -194,14 +285,14 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 def fuses(x: Tensor, map: nn.Module) -> bool:
     """Whether `hedgehog` is `map`, and faster."""
-    return x.is_cuda and isinstance(map, Hedgehog) and _computed_in(x) == torch.bfloat16 and map.dim <= 512
+    return x.is_cuda and isinstance(map, HedgehogMap) and computed_in(x) == torch.bfloat16 and map.dim <= 512
 
 
 def hedgehog(
-    x: Tensor, map: Hedgehog, unit: bool, scale: float, lam_query: Tensor | None, gates: nn.Module | None
+    x: Tensor, map: HedgehogMap, unit: bool, scale: float, lam_query: Tensor | None, gates: nn.Module | None
 ) -> tuple[Tensor, Gates | None]:
     """phi [B, H, T, F] of x [B, H, T, D], with the weights of queries where there are `lam_query` [H, D, 1], and what
     `gates` (`TokenGates`) makes of keys."""
     few = (None, None) if gates is None else (gates.weight, gates.bias)
-    phi, log_decay, beta = _Hedgehog.apply(x.to(_computed_in(x)), map.weight, lam_query, *few, unit, scale)
+    phi, log_decay, beta = _Hedgehog.apply(x.to(computed_in(x)), map.weight, lam_query, *few, unit, scale)
     return phi, None if gates is None else Gates(log_decay, beta)

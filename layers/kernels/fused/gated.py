@@ -1,7 +1,8 @@
 """The whole layer with any state's rule, fused: features, state, near softmax with sinks, convolution.
 
 Features are written once; the state before every chunk is, too, in the inputs' dtype. With it all chunks are
-independent of each other, forward and backward: only the walks from chunk to chunk are not (`gated_state`).
+independent of each other, forward and backward: only the walks from chunk to chunk are not (`gated_state`). Of long
+sequences they are there for one segment at a time (`segments`).
 """
 
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..chunked import Layout, chunk_size
+from .features import Hedgehog, computed_in, fuses
 from .gated_attend import SINK_ROWS, forward
 from .gated_backward import backward_conv, backward_far, backward_keys, backward_queries, backward_states
 from .gated_state import prepare, prepare_back, walk, walk_back
+from .segments import Given, Segment, segments_of
 from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, refused, results, room, rows_last, strides
 
 LAUNCH = {
@@ -57,13 +60,33 @@ def refuses(problem) -> str | None:
 def attention(problem) -> Tensor:
     """[B, H, T, D_v] in the dtype of v, differentiable; of a problem that `refuses` has nothing against."""
     dtype, config = problem.v.dtype, problem.config
-    phi_q, phi_k = (_wide(x.to(dtype)) for x in (problem.phi_q, problem.phi_k))
-    sink_q = problem.sink_q if config.sinks else None
+    sink_q = problem.sink_q.to(dtype) if config.sinks and problem.sink_q is not None else None
+    kinds, tensors = _far(problem, dtype)
+    # A function's context does not know of `no_grad`.
+    stores = torch.is_grad_enabled()
     return _Attention.apply(
-        problem.q.to(dtype), problem.k.to(dtype), problem.v, None if sink_q is None else sink_q.to(dtype), phi_q, phi_k,
-        *_gates(problem.gates, phi_k), problem.weights.near, problem.weights.far, problem.weights.conv, problem.state,
-        Shape.of(problem),
+        problem.q.to(dtype), problem.k.to(dtype), problem.v, sink_q, problem.weights.near, problem.weights.far,
+        problem.weights.conv, problem.state, Shape.of(problem), stores, kinds, *tensors,
     )  # fmt: skip
+
+
+def _far(problem, dtype: torch.dtype) -> tuple[list | None, list]:
+    """What features and gates are made of, as many tensors of queries as of keys, and how; or, with None, what they are
+    (`_sides` takes both)."""
+    sides = problem.q_features, problem.k_features
+    if not all(_made_here(side, dtype) for side in sides):
+        phi_q, phi_k = problem.phi_q.to(dtype), problem.phi_k.to(dtype)
+        return None, [phi_q, None, None, phi_k, *_gates(problem.gates, phi_k)]
+    tensors = []
+    for side in sides:
+        gates = (None, None) if side.token_gates is None else (side.token_gates.weight, side.token_gates.bias)
+        tensors += [side.x.to(dtype), side.map.weight, side.lam_query, *gates]
+    return [(side.unit, side.scale) for side in sides], tensors
+
+
+def _made_here(side, dtype: torch.dtype) -> bool:
+    """Whether features can be made segment by segment, and nobody has asked for all of them."""
+    return fuses(side.x, side.map) and computed_in(side.x) == dtype and "_computed" not in vars(side)
 
 
 def folds(phi_k: Tensor, v: Tensor, config) -> bool:
@@ -80,18 +103,14 @@ def end_state(phi_k: Tensor, v: Tensor, gates, state, tokens, config):
     batch, kv_heads, length, features = phi_k.shape
     shape = Shape(config, v.device, batch, kv_heads, kv_heads, 0, features, length, 0, 1.0, layout.chunks,
                   *layout.gathered)  # fmt: skip
-    v, phi_k = rows_last(v), rows_last(_wide(phi_k.to(v.dtype)))
-    constants = _constants(shape, v.shape[-1], phi_k.shape[-1], v.dtype)
-    log_decay, beta = (None if x is None else x.float().contiguous() for x in _gates(gates, phi_k))
-    S, z = _States.of(phi_k, v, log_decay, beta, state, shape, constants, each=False, stores=False).end
-    S, z = (x.unflatten(0, (batch, kv_heads)) for x in (S, z))
+    v = rows_last(v)
+    constants = _constants(shape, v.shape[-1], v.dtype)
+    keys = Given(phi_k.to(v.dtype), _gates(gates, phi_k), 0, shape.source, constants["BF"])
+    numbers, start = _Numbers.of(shape, constants), _padded(state, constants["BF"], constants["BV"])
+    for segment in segments_of(shape):
+        start = _States.of(keys, v, numbers, start, shape, constants, segment, each=False, stores=False).end
+    S, z = (x.unflatten(0, (batch, kv_heads)) for x in start)
     return type(state)(S[:, :, :features, : v.shape[-1]].contiguous(), z[:, :, :features].contiguous())
-
-
-def _wide(phi: Tensor) -> Tensor:
-    """As many features as the next power of 2, with zeros."""
-    more = max(16, triton.next_power_of_2(phi.shape[-1])) - phi.shape[-1]
-    return torch.nn.functional.pad(phi, (0, more)) if more else phi
 
 
 def _gates(gates, phi_k: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -107,18 +126,32 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @dataclass
-class _States:
-    """The state's side of a sequence; n chunks of C slots, R = B * H_kv rows.
+class _Numbers:
+    """One number per slot of all segments, [B * H_kv * n * C]: the last column of u_0 (`own`) and of u (`mass`), G."""
 
-    Attributes:
-        u: [R * n * C, BV]; mass: [R * n * C], its last column; G: [R * n * C]; W: [R * n * C, BF] and inverse:
-            [R * n * C, C] of the delta rule.
-        states: [R * n * BF, BV] and sums: [R * n * BF], before each chunk; end: those after the last.
-    """
-
-    u: Tensor
+    own: Tensor
     mass: Tensor
     G: Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, constants: dict) -> "_Numbers":
+        slots = shape.batch * shape.kv_heads * shape.chunks * constants["C"]
+        return cls(*(torch.empty(slots, device=shape.device) for _ in range(3)))
+
+
+@dataclass
+class _States:
+    """The state's side of a segment, `span` chunks of C slots in buffers; R = B * H_kv rows.
+
+    Attributes:
+        phi: [R * span * C, BF]; u: [R * span * C, BV]; W: [R * span * C, BF] and inverse: [R * span * C, C] of the
+            delta rule.
+        states: [R * span * BF, BV] and sums: [R * span * BF], before each chunk.
+        end: [R, BF, BV] and [R, BF], what the next segment starts from; where not each, those after the last chunk.
+    """
+
+    phi: Tensor
+    u: Tensor
     W: Tensor
     inverse: Tensor
     states: Tensor
@@ -126,40 +159,44 @@ class _States:
     end: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, phi_k, v, log_decay, beta, state, shape: Shape, constants: dict, each: bool, stores: bool) -> "_States":
+    def of(
+        cls, keys, v, numbers: _Numbers, start, shape: Shape, constants: dict, segment: Segment, each: bool,
+        stores: bool,
+    ) -> "_States":  # fmt: skip
         """`each`: also before each chunk; `stores`: with what backward needs."""
-        rows, size, n = shape.batch * shape.kv_heads, constants["C"], shape.chunks
-        slots, width, columns = rows * n * size, constants["BV"], constants["BF"]
-        delta = beta is not None
-        u, mass, mass_all, G = v.new_empty(slots, width), *(v.new_empty(slots, dtype=torch.float32) for _ in range(3))
+        rows, size, span = shape.batch * shape.kv_heads, constants["C"], segment.span
+        slots, width, columns = rows * span * size, constants["BV"], constants["BF"]
+        G, block_f, block = numbers.G, constants["BLOCK_F"], _column_block(constants["V"], width)
+        phi = keys.of(segment.begin * size, span * size)
+        log_decay, delta = keys.log_decay, keys.beta is not None
+        if log_decay is None:
+            log_decay = G.new_zeros(*v.shape[:3])
+        u = v.new_empty(slots, width)
         W = v.new_empty(slots if delta else 0, columns)
         inverse = v.new_empty(slots if delta and stores else 0, size)
-        states = v.new_empty(rows * n * columns if each else 0, width)
-        sums = G.new_empty(rows * n * columns if each else 0)
+        states = v.new_empty(rows * span * columns if each else 0, width)
+        sums = G.new_empty(rows * span * columns if each else 0)
         end = G.new_empty(rows, columns, width), G.new_empty(rows, columns)
-        block = _column_block(constants["V"], width)
         some = dict(DELTA=delta, INDEXED=constants["INDEXED"], P=constants["P"], dtype=constants["dtype"])
-        layout = shape.source, shape.first
 
         def by_slot(x, columns):
             return None if not x.numel() else _descriptor(x, size, columns)
 
-        sizes = shape.kv_heads, shape.tokens, n
-        block_f = constants["BLOCK_F"]
-        prepare[(rows, n)](
-            *shape.given(block_f, phi_k), *shape.given(width, v), log_decay, beta, by_slot(u, width), mass,
-            by_slot(W, block_f), by_slot(inverse, size), G, *layout, *strides(phi_k, v), *sizes,
-            V=constants["V"], BV=width, BF=columns, BLOCK_F=block_f, C=size, SINKS=constants["SINKS"], STORE=stores,
-            **some, **LAUNCH["prepare"],
+        prepare[(rows, span)](
+            by_slot(phi, block_f), *shape.given(width, v), log_decay, keys.beta, by_slot(u, width), numbers.own,
+            by_slot(W, block_f), by_slot(inverse, size), G, shape.source, shape.first, *strides(v), shape.kv_heads,
+            shape.tokens, shape.chunks, segment.begin, span, V=constants["V"], BV=width, BF=columns, BLOCK_F=block_f,
+            C=size, SINKS=constants["SINKS"], STORE=stores, **some, **LAUNCH["prepare"],
         )  # fmt: skip
-        initial = (None, None) if state is None else _padded(state, columns, width)
+        # A segment after this one begins with the last chunk of this one.
+        after = not each and segment.end == shape.chunks
         walk[(rows, triton.cdiv(constants["V"], block))](
-            *shape.given(columns, phi_k), by_slot(u, block), mass, mass_all, by_slot(W, columns), G, *initial,
-            _descriptor(states, columns, block) if each else None, sums, *end, shape.source, shape.carries,
-            *strides(phi_k), *sizes, BV=width, BE=block, BF=columns, C=size, HAS_STATE=state is not None, STATES=each,
-            **some, **LAUNCH["walk"],
+            by_slot(phi, columns), by_slot(u, block), numbers.own, numbers.mass, by_slot(W, columns), G,
+            *(start or (None, None)), _descriptor(states, columns, block) if each else None, sums, *end, shape.carries,
+            shape.kv_heads, shape.chunks, segment.begin, span, BV=width, BE=block, BF=columns, C=size,
+            HAS_STATE=start is not None, STATES=each, AFTER=after, **some, **LAUNCH["walk"],
         )  # fmt: skip
-        return cls(u, mass_all, G, W, inverse, states, sums, end)
+        return cls(phi, u, W, inverse, states, sums, end)
 
 
 def _column_block(value_dim: int, width: int) -> int:
@@ -175,8 +212,9 @@ def _padded(state, columns: int, width: int) -> tuple[Tensor, Tensor]:
     return pad(S, (0, width - S.shape[2], 0, more)).contiguous(), pad(z, (0, more)).contiguous()
 
 
-def _constants(shape: Shape, value_dim: int, features: int, dtype: torch.dtype) -> dict:
+def _constants(shape: Shape, value_dim: int, dtype: torch.dtype) -> dict:
     """Compile-time arguments, of which every kernel takes some."""
+    features = max(16, triton.next_power_of_2(shape.features))
     return dict(
         GROUPS=shape.heads // shape.kv_heads, D=shape.dim, BD=max(16, triton.next_power_of_2(shape.dim)), V=value_dim,
         BV=max(16, triton.next_power_of_2(value_dim)), BF=features, BLOCK_F=min(64, features),
@@ -185,141 +223,197 @@ def _constants(shape: Shape, value_dim: int, features: int, dtype: torch.dtype) 
     )  # fmt: skip
 
 
+def _without(constants: dict, *names: str) -> dict:
+    return {name: x for name, x in constants.items() if name not in names}
+
+
+def _sides(shape: Shape, columns: int, kinds: list | None, tensors) -> list:
+    """What makes features of queries and of keys, of what `_far` gives."""
+    half = len(tensors) // 2
+    sides = []
+    for number, (x, *few) in enumerate((tensors[:half], tensors[half:])):
+        past = 0 if number else shape.past
+        if kinds is None:
+            sides.append(Given(x, few, past, shape.source, columns))
+        else:
+            sides.append(Hedgehog(x, few, *kinds[number], past, shape.source, columns))
+    return sides
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink_q, phi_q, phi_k, log_decay, beta, near, far, conv, state, shape):
-        q, k, v, phi_q, phi_k = map(rows_last, (q, k, v, phi_q, phi_k))
+    def forward(ctx, q, k, v, sink_q, near, far, conv, state, shape, stores, kinds, *tensors):
+        q, k, v = map(rows_last, (q, k, v))
         sink_q = None if sink_q is None else rows_last(sink_q)
-        log_decay, beta = (None if x is None else x.detach().float().contiguous() for x in (log_decay, beta))
         near, far = near.detach().float().contiguous(), far.detach().float().contiguous()
         conv = None if conv is None else conv.detach().float().contiguous()
-        config, stores = shape.config, any(ctx.needs_input_grad)
-        constants = _constants(shape, v.shape[-1], phi_k.shape[-1], v.dtype)
-        side = _States.of(phi_k, v, log_decay, beta, state, shape, constants, True, stores)
+        config, stores = shape.config, stores and any(ctx.needs_input_grad)
+        constants = _constants(shape, v.shape[-1], v.dtype)
+        width, size, block_f = constants["BV"], constants["C"], constants["BLOCK_F"]
         window = dict(
             TAPS=0 if conv is None else conv.shape[1], SINK_Q=sink_q is not None, WINDOW=config.window,
             NEAR_BEFORE=config.window != "block", FAR_BEFORE=config.window == "sliding", CLAMPS=config.state == "delta",
         )  # fmt: skip
+        queries, keys = _sides(shape, constants["BF"], kinds, tensors)
         (out,) = results(shape, q[..., :1].expand(*q.shape[:3], v.shape[-1]))
+        numbers, segments = _Numbers.of(shape, constants), segments_of(shape)
         rows = shape.batch * shape.heads * q.shape[2] if stores else 0
-        attended, lse, mass, top = (side.G.new_empty(rows, *width) for width in ((v.shape[-1],), (), (), ()))
-        size, block_f = constants["C"], constants["BLOCK_F"]
-        (v_, out_), (phi_q_, phi_k_) = shape.given(constants["BV"], v, out), shape.given(block_f, phi_q, phi_k)
-        forward[(shape.batch * shape.heads, shape.chunks)](
-            *shape.given(constants["BD"], q, k), v_, *_given(shape, constants["BD"], sink_q), k, v, out_, phi_q_,
-            phi_k_, _descriptor(side.u, size, constants["BV"]), side.mass, side.G,
-            _descriptor(side.states, block_f, constants["BV"]), side.sums, near, far, conv, attended, lse, mass,
-            top, shape.source, shape.first, shape.follows,
-            *strides(q, k, v, q if sink_q is None else sink_q, out, phi_q, phi_k), shape.heads, shape.tokens,
-            shape.past, shape.chunks, shape.scale, **constants, **window, STORE=stores,
-            **LAUNCH["forward"],
-        )  # fmt: skip
-        if stores:
-            ctx.save_for_backward(
-                q, k, v, sink_q, phi_q, phi_k, log_decay, beta, near, far, conv, attended, lse, mass, top,
-                side.u, side.mass, side.G, side.W, side.inverse, side.states, side.sums,
+        attended, lse, mass, top = (numbers.G.new_empty(rows, *size) for size in ((v.shape[-1],), (), (), ()))
+        keeps = stores and len(segments) == 1
+        starts, start = [], None if state is None else _padded(state, constants["BF"], width)
+        by_d, by_v = shape.given(constants["BD"], q, k), shape.given(width, v, out)
+        sink_q_ = _given(shape, constants["BD"], sink_q)
+
+        def attend(segment, start):
+            """`out` of a segment; its states and features of queries: for backward those of the next chunk, too."""
+            side = _States.of(keys, v, numbers, start, shape, constants, segment, each=True, stores=keeps)
+            held = segment.chunks + keeps
+            phi_q = queries.of(segment.start * size, held * size)
+            forward[(shape.batch * shape.heads, segment.chunks)](
+                *by_d, by_v[0], *sink_q_, k, v, by_v[1], _descriptor(phi_q, size, block_f),
+                _descriptor(side.phi, size, block_f), _descriptor(side.u, size, width), numbers.mass, numbers.G,
+                _descriptor(side.states, block_f, width), side.sums, near, far, conv, attended, lse, mass, top,
+                shape.source, shape.first, shape.follows, *strides(q, k, v, q if sink_q is None else sink_q, out),
+                shape.heads, shape.tokens, shape.past, shape.chunks, segment.start, segment.begin, segment.span, held,
+                shape.scale, **constants, **window, STORE=stores, **LAUNCH["forward"],
             )  # fmt: skip
-        ctx.shape, ctx.keywords = shape, (constants, window)
+            return side, phi_q
+
+        for segment in segments:
+            if stores:
+                starts.append(start)
+            # What is not kept is freed before the next segment's is made.
+            side, phi_q = attend(segment, start)
+            start = side.end
+            if not keeps:
+                del side, phi_q
+        if stores:
+            ctx.save_for_backward(q, k, v, sink_q, near, far, conv, attended, lse, mass, top, *tensors)
+            ctx.starts, ctx.numbers, ctx.gates = starts, numbers, (keys.log_decay, keys.beta)
+            ctx.whole = (side, phi_q) if keeps else None
+        ctx.shape, ctx.keywords, ctx.kinds = shape, (constants, window), kinds
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        (q, k, v, sink_q, phi_q, phi_k, log_decay, beta, near, far, conv, attended, lse, mass, top,
-         u, u_mass, G, W, inverse, states, sums) = ctx.saved_tensors  # fmt: skip
+        q, k, v, sink_q, near, far, conv, attended, lse, mass, top, *tensors = ctx.saved_tensors
         do = rows_last(do)
-        shape, (constants, window) = ctx.shape, ctx.keywords
+        shape, numbers, (constants, window) = ctx.shape, ctx.numbers, ctx.keywords
         batch, heads, rows, n = shape.batch, shape.heads, shape.batch * shape.kv_heads, shape.chunks
         size, width, features, block_f = (constants[name] for name in ("C", "BV", "BF", "BLOCK_F"))
+        G, (queries, keys) = numbers.G, _sides(shape, features, ctx.kinds, tensors)
+        keys.log_decay, keys.beta = ctx.gates
+        delta, seen = keys.beta is not None, window["FAR_BEFORE"]
         dq, dk, dv = results(shape, q, k, v)
         dsink_q = None if sink_q is None else results(shape, q)[0]
-        dphi_q, dphi_k = (room(shape)(x.shape, dtype=x.dtype, device=x.device) for x in (phi_q, phi_k))
+        queries.start_back()
+        keys.start_back()
         centre = torch.empty_like(lse)
         slope = room(shape)(lse.shape, device=lse.device)
         peak = torch.empty_like(lse, dtype=torch.int32)
         layout = shape.source, shape.first, shape.follows
-        sizes = shape.tokens, shape.past, n
         by_d, by_v = shape.given(constants["BD"], q, k, dq, dk), shape.given(width, v, do, dv)
-        by_f = shape.given(block_f, phi_q, phi_k, dphi_q)
-        u_, states_ = _descriptor(u, size, width), _descriptor(states, block_f, width)
-
+        sink_qs = (*_given(shape, constants["BD"], sink_q), *_given(shape, constants["BD"], dsink_q))
         dk_sinks, dv_sinks = (
             G.new_empty(batch, heads, n, constants["SINKS"], x.shape[-1]) if constants["SINKS"] else None
             for x in (k, v)
         )
-        sink_strides = q if sink_q is None else sink_q
-        backward_queries[(batch * heads, n)](
-            *by_d[:2], by_v[0], *_given(shape, constants["BD"], sink_q), k, v, by_v[1], by_d[2],
-            *_given(shape, constants["BD"], dsink_q), *by_f, u_, u_mass, G, states_, sums, near, far, attended, lse,
-            mass, top, centre, slope, peak, dk_sinks, dv_sinks, *layout,
-            *strides(q, k, v, sink_strides, do, dq, phi_q, phi_k), heads, *sizes, shape.scale, **constants,
-            **{name: x for name, x in window.items() if name != "TAPS"}, **LAUNCH["backward_queries"],
-        )  # fmt: skip
-        some = {name: window[name] for name in ("TAPS", "WINDOW", "NEAR_BEFORE")}
-        few = {name: x for name, x in constants.items() if name not in ("BF", "BLOCK_F")}
-        backward_keys[(rows, n)](
-            *by_d[:2], *by_v[:2], by_d[3], by_v[2], near, far, conv, lse, centre, slope, peak, *layout,
-            *strides(q, k, v, do, dk, dv), heads, *sizes, shape.scale, **few, **some, **LAUNCH["backward_keys"],
-        )  # fmt: skip
+        du_mass = (torch.empty if seen else torch.zeros)(G.shape, device=G.device)
+        du_mass_all, dG = torch.empty_like(G), torch.empty_like(G) if seen else None
+        gates = G.new_zeros(*v.shape[:3]) if keys.log_decay is None else keys.log_decay
+        dlog_decay = room(shape)(gates.shape, device=G.device)
+        dbeta = room(shape)(gates.shape, device=G.device) if delta else None
+        segments, block = segments_of(shape), _column_block(v.shape[-1], width)
+        blocks, goes_on = triton.cdiv(v.shape[-1], block), len(segments) > 1
+        dM = (G.new_zeros(rows, features, width), G.new_zeros(rows, blocks, features)) if goes_on else (None, None)
 
-        seen = window["FAR_BEFORE"]
-        make = torch.empty if seen else torch.zeros
-        du = make(u.shape, dtype=u.dtype, device=u.device)
-        du_mass, du_mass_all = make(u_mass.shape, device=u.device), torch.empty_like(u_mass)
-        dphi_seen = dG = None
-        if seen:
-            wide = torch.float32 if constants["GROUPS"] > 1 else u.dtype
-            dphi_seen, dG = u.new_empty(len(u), features, dtype=wide), torch.empty_like(G)
-            few = {name: x for name, x in constants.items() if name not in ("D", "BD")}
-            backward_far[(rows, n)](
-                by_v[1], *by_f[:2], u_, u_mass, G, far, mass, centre, _descriptor(du, size, width), du_mass, dphi_seen,
-                dG, *layout, *strides(do, phi_q, phi_k), heads, *sizes, **few, **LAUNCH["backward_far"],
+        def segment_back(segment, start):
+            """dphi_q and dphi_k, by slot; the rest into tensors of the whole sequence."""
+            held = segment.chunks + 1
+            side, phi_q = ctx.whole or (
+                _States.of(keys, v, numbers, start, shape, constants, segment, each=True, stores=True),
+                queries.of(segment.start * size, held * size),
+            )
+            sizes = shape.tokens, shape.past, n, segment.start
+            buffers = segment.begin, segment.span
+            phi_q_, phi_k_, dphi_q, dphi_k = (
+                _descriptor(x, size, block_f)
+                for x in (phi_q, side.phi, torch.empty_like(phi_q), torch.empty_like(side.phi))
+            )
+            u_, states_ = _descriptor(side.u, size, width), _descriptor(side.states, block_f, width)
+            few = _without(window, "TAPS")
+            backward_queries[(batch * heads, segment.chunks)](
+                *by_d[:2], by_v[0], sink_qs[0], k, v, by_v[1], by_d[2], sink_qs[1], phi_q_, phi_k_, dphi_q, u_,
+                numbers.mass, G, states_, side.sums, near, far, attended, lse, mass, top, centre, slope, peak, dk_sinks,
+                dv_sinks, *layout, *strides(q, k, v, q if sink_q is None else sink_q, do, dq), heads, *sizes,
+                *buffers, held, shape.scale, **constants, **few, **LAUNCH["backward_queries"],
             )  # fmt: skip
-        dstates, dsums, dsums_all = torch.empty_like(states), torch.empty_like(sums), torch.empty_like(sums)
-        few = {name: x for name, x in constants.items() if name not in ("D", "BD", "SINKS")}
-        dstates_ = _descriptor(dstates, block_f, width)
-        backward_states[(rows, n, features // block_f)](
-            by_v[1], by_f[0], G, far, mass, centre, dstates_, dsums, shape.source, shape.follows, *strides(do, phi_q),
-            heads, *sizes, **few, DELAY=window["NEAR_BEFORE"], **LAUNCH["backward_states"],
-        )  # fmt: skip
-        block, delta = _column_block(v.shape[-1], width), beta is not None
-        walk_back[(rows, triton.cdiv(v.shape[-1], block))](
-            *shape.given(features, phi_k), _descriptor(W, size, features) if delta else None, G,
-            _descriptor(du, size, block), du_mass, du_mass_all, _descriptor(dstates, features, block), dsums, dsums_all,
-            shape.source, shape.carries, *strides(phi_k), shape.kv_heads, shape.tokens, n, BE=block, BF=features,
-            C=size, DELTA=delta, INDEXED=constants["INDEXED"], P=constants["P"], dtype=constants["dtype"],
-            **LAUNCH["walk_back"],
-        )  # fmt: skip
-        dlog_decay = room(shape)(log_decay.shape, device=G.device)
-        dbeta = room(shape)(log_decay.shape, device=G.device) if delta else None
-        few = {name: x for name, x in constants.items() if name not in ("D", "BD")}
-        prepare_back[(rows, n)](
-            by_f[1], by_v[0], log_decay, beta, u_, u_mass, _descriptor(inverse, size, size) if delta else None, G,
-            states_, sums, dstates_, dsums_all, _descriptor(du, size, width), du_mass_all,
-            dphi_seen, dG, slope, far, dphi_k, by_v[2], dlog_decay, dbeta, *layout,
-            *strides(phi_k, v, dv), shape.kv_heads, *sizes, **few, DELTA=delta, DELAY=window["NEAR_BEFORE"], SEEN=seen,
-            **LAUNCH["prepare_back"],
-        )  # fmt: skip
+            backward_keys[(rows, segment.chunks)](
+                *by_d[:2], *by_v[:2], by_d[3], by_v[2], near, far, conv, lse, centre, slope, peak, *layout,
+                *strides(q, k, v, do, dk, dv), heads, *sizes, shape.scale, **_without(constants, "BF", "BLOCK_F"),
+                **{name: window[name] for name in ("TAPS", "WINDOW", "NEAR_BEFORE")}, **LAUNCH["backward_keys"],
+            )  # fmt: skip
+            du = (torch.empty_like if seen else torch.zeros_like)(side.u)
+            dphi_seen = None
+            if seen:
+                wide = torch.float32 if constants["GROUPS"] > 1 else v.dtype
+                dphi_seen = torch.empty_like(side.phi, dtype=wide)
+                backward_far[(rows, segment.chunks)](
+                    by_v[1], phi_q_, phi_k_, u_, numbers.mass, G, far, mass, centre, _descriptor(du, size, width),
+                    du_mass, dphi_seen, dG, *layout, *strides(do), heads, *sizes, *buffers, held,
+                    **_without(constants, "D", "BD"), **LAUNCH["backward_far"],
+                )  # fmt: skip
+            dstates, dsums, dsums_all = (torch.empty_like(x) for x in (side.states, side.sums, side.sums))
+            dstates_ = _descriptor(dstates, block_f, width)
+            backward_states[(rows, segment.chunks, features // block_f)](
+                by_v[1], phi_q_, G, far, mass, centre, dstates_, dsums, shape.source, shape.follows, *strides(do),
+                heads, *sizes, *buffers, held, **_without(constants, "D", "BD", "SINKS"), DELAY=window["NEAR_BEFORE"],
+                **LAUNCH["backward_states"],
+            )  # fmt: skip
+            walk_back[(rows, blocks)](
+                _descriptor(side.phi, size, features), _descriptor(side.W, size, features) if delta else None, G,
+                _descriptor(du, size, block), du_mass, du_mass_all, _descriptor(dstates, features, block), dsums,
+                dsums_all, *dM, shape.carries, shape.kv_heads, n, segment.start, *buffers, BV=width, BE=block,
+                BF=features, C=size, DELTA=delta, GOES_ON=goes_on, INDEXED=constants["INDEXED"], P=constants["P"],
+                dtype=constants["dtype"], **LAUNCH["walk_back"],
+            )  # fmt: skip
+            prepare_back[(rows, segment.chunks)](
+                phi_k_, by_v[0], gates, keys.beta, u_, numbers.mass,
+                _descriptor(side.inverse, size, size) if delta else None, G, states_, side.sums, dstates_, dsums_all,
+                _descriptor(du, size, width), du_mass_all, dphi_seen, dG, slope, far, dphi_k, by_v[2], dlog_decay,
+                dbeta, *layout, *strides(v, dv), shape.kv_heads, *sizes, *buffers, **_without(constants, "D", "BD"),
+                DELTA=delta, DELAY=window["NEAR_BEFORE"], SEEN=seen, **LAUNCH["prepare_back"],
+            )  # fmt: skip
+            return dphi_q.base, dphi_k.base
+
+        for segment, start in zip(reversed(segments), reversed(ctx.starts), strict=True):
+            dphi_q, dphi_k = segment_back(segment, start)
+            slots = segment.start * size, segment.chunks * size
+            queries.back(*slots, dphi_q, None, None)
+            keys.back(*slots, dphi_k, dlog_decay, dbeta, skip=(segment.start - segment.begin) * size)
+            del dphi_q, dphi_k
         if constants["SINKS"]:
             _add_to_sinks(dk, dk_sinks, shape)
             _add_to_sinks(dv, dv_sinks, shape)
 
         dfar = slope.view(batch, heads, -1).sum((0, 2))
         # What the far weights of a row gain by lam, the near ones lose by g.
-        dnear = -far * dfar / near if ctx.needs_input_grad[8] else None
+        dnear = -far * dfar / near if ctx.needs_input_grad[4] else None
         dconv = None
         if conv is not None:
             count, span = shape.segments(batch * heads, INDEPENDENT_PROGRAMS)
             outer = G.new_empty(count, batch, heads, size, size)
             few = {name: constants[name] for name in ("GROUPS", "V", "BV", "C", "INDEXED", "P")}
             backward_conv[(batch * heads, count)](
-                *by_v[:2], outer, shape.source, shape.follows, *strides(v, do), heads, *sizes, span, **few,
-                **LAUNCH["backward_conv"],
+                *by_v[:2], outer, shape.source, shape.follows, *strides(v, do), heads, shape.tokens, shape.past,
+                n, span, **few, **LAUNCH["backward_conv"],
             )  # fmt: skip
             query, tap = (torch.arange(count, device=do.device) for count in (size, conv.shape[1]))
             key = (query[:, None] - tap) % size
             dconv = outer.sum((0, 1)).gather(2, key.expand(heads, -1, -1)).sum(1)
-        return dq, dk, dv, dsink_q, dphi_q, dphi_k, dlog_decay, dbeta, dnear, dfar, dconv, None, None
+        of_tensors = (*queries.gradients(), *keys.gradients())
+        return dq, dk, dv, dsink_q, dnear, dfar, dconv, None, None, None, None, *of_tensors
 
 
 def _given(shape: Shape, width: int, x: Tensor | None) -> list:

@@ -78,8 +78,8 @@ def summed(G, row, c, n, held_b, follows, chunks, C: tl.constexpr, DELAY: tl.con
 def forward(
     q, k, v, sink_q, k_rows, v_rows, out, phi_q, phi_k, u, u_mass, G, states, state_sums, near_weight, far_weight, conv,
     attended, lse, mass, top, source, first, follows,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, s_b, s_h, s_t, o_b, o_h, o_t, phi_q_b, phi_q_h, phi_q_t,
-    phi_k_b, phi_k_h, phi_k_t, H, T, past, n, scale,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, s_b, s_h, s_t, o_b, o_h, o_t,
+    H, T, past, n, start, begin, span, held_q, scale,
     GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BLOCK_F: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr, SINKS: tl.constexpr, SINK_Q: tl.constexpr,
     WINDOW: tl.constexpr, NEAR_BEFORE: tl.constexpr, FAR_BEFORE: tl.constexpr, CLAMPS: tl.constexpr,
@@ -87,7 +87,7 @@ def forward(
 ):  # fmt: skip
     """Also, where STORE, what backward needs of each row: `attended` [B, H, T, V], o without the convolution in fp32,
     and `lse`, `mass` (D, negative where far keys do not count in it) and `top` (m)."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     batch, h = row // H, row % H
     kv_h = h // GROUPS
     kv_row = batch * (H // GROUPS) + kv_h
@@ -103,29 +103,26 @@ def forward(
 
     # Far.
     place, since, before = summed(G, kv_row, c, n, held_b, follows, chunks, C, NEAR_BEFORE, INDEXED)
-    place = ((kv_row * n + place) * BF).to(tl.int32)
+    place = ((kv_row * span + place - begin) * BF).to(tl.int32)
+    at_q = ((row * held_q + c - start) * C).to(tl.int32)
+    at_b = ((kv_row * span + c - 1 - begin) * C).to(tl.int32)
     o = tl.zeros([C, BV], tl.float32)
     far_sum = tl.zeros([C], tl.float32)
     b = tl.zeros([C, C], tl.float32)
     for f in tl.static_range(0, BF, BLOCK_F):
-        phi_qs = load_rows(
-            phi_q, batch, h, c, f, token - past, asks, phi_q_b, phi_q_h, phi_q_t, BLOCK_F, BLOCK_F, C, INDEXED
-        )  # fmt: skip
+        phi_qs = phi_q.load([at_q, f])
         o = tl.dot(phi_qs, states.load([place + f, 0]), o, input_precision=P)
         sums = tl.load(state_sums + place + f + tl.arange(0, BLOCK_F))
         far_sum += tl.sum(phi_qs * sums[None, :], axis=1)
         if FAR_BEFORE:
-            phi_b = load_rows(
-                phi_k, batch, kv_h, c - 1, f, token_b, held_b, phi_k_b, phi_k_h, phi_k_t, BLOCK_F, BLOCK_F, C, INDEXED
-            )  # fmt: skip
-            b = tl.dot(phi_qs, tl.trans(phi_b), b, input_precision=P)
+            b = tl.dot(phi_qs, tl.trans(phi_k.load([at_b, f])), b, input_precision=P)
     faded = tl.exp2(since * LOG2E)
     o = o * faded[:, None]
     far_sum = far_sum * faded
     if FAR_BEFORE:
         b = tl.where(is_far_b, b * tl.exp2((since[:, None] - before[None, :]) * LOG2E), 0.0)
-        at_b = ((kv_row * n + c - 1) * C).to(tl.int32)
-        far_sum += tl.sum(b * tl.load(u_mass + at_b + slot, mask=held_b, other=0.0)[None, :], axis=1)
+        masses = tl.load(u_mass + (kv_row * n + c - 1) * C + slot, mask=held_b, other=0.0)
+        far_sum += tl.sum(b * masses[None, :], axis=1)
         o = tl.dot(b.to(dtype), u.load([at_b, 0]), o, input_precision=P)
 
     # Near.

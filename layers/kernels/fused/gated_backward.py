@@ -18,14 +18,14 @@ def backward_queries(
     near_weight, far_weight, attended, lse, mass, top, centre, slope, peak, dk_sinks, dv_sinks,
     source, first, follows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, s_b, s_h, s_t, do_b, do_h, do_t, dq_b, dq_h, dq_t,
-    phi_q_b, phi_q_h, phi_q_t, phi_k_b, phi_k_h, phi_k_t, H, T, past, n, scale,
+    H, T, past, n, start, begin, span, held_q, scale,
     GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     BLOCK_F: tl.constexpr, C: tl.constexpr, SINKS: tl.constexpr, SINK_Q: tl.constexpr,
     WINDOW: tl.constexpr, NEAR_BEFORE: tl.constexpr, FAR_BEFORE: tl.constexpr, CLAMPS: tl.constexpr,
     INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dq, dsink_q, dphi_q; `centre` (middle), `slope` and `peak` of each row; what each chunk gives to sinks."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     batch, h = row // H, row % H
     kv_h = h // GROUPS
     kv_row = batch * (H // GROUPS) + kv_h
@@ -113,11 +113,12 @@ def backward_queries(
     counted = tl.where(total > 0, middle, 0.0)
     total = tl.abs(total)
     place, since, before = summed(G, kv_row, c, n, held_b, follows, chunks, C, NEAR_BEFORE, INDEXED)
-    place = ((kv_row * n + place) * BF).to(tl.int32)
+    place = ((kv_row * span + place - begin) * BF).to(tl.int32)
+    at_q = ((row * held_q + c - start) * C).to(tl.int32)
     faded = tl.exp2(since * LOG2E) / total
     if FAR_BEFORE:
-        at_b = ((kv_row * n + c - 1) * C).to(tl.int32)
-        mass_b = tl.load(u_mass + at_b + slot, mask=held_b, other=0.0)
+        at_b = ((kv_row * span + c - 1 - begin) * C).to(tl.int32)
+        mass_b = tl.load(u_mass + (kv_row * n + c - 1) * C + slot, mask=held_b, other=0.0)
         df = tl.dot(dos, tl.trans(u.load([at_b, 0])), input_precision=P) - counted[:, None] * mass_b[None, :]
         df = df * tl.exp2((since[:, None] - before[None, :]) * LOG2E) / total[:, None]
         df = tl.where(is_far_b, df, 0.0).to(dtype)
@@ -128,19 +129,9 @@ def backward_queries(
         dphi = tl.dot(dos, tl.trans(X), input_precision=P) - counted[:, None] * sums[None, :]
         dphi = dphi * faded[:, None]
         if FAR_BEFORE:
-            phi_b = load_rows(
-                phi_k, batch, kv_h, c - 1, f, token_b, held_b, phi_k_b, phi_k_h, phi_k_t,
-                BLOCK_F, BLOCK_F, C, INDEXED,
-            )  # fmt: skip
-            dphi = tl.dot(df, phi_b, dphi, input_precision=P)
-        phi_qs = load_rows(
-            phi_q, batch, h, c, f, token - past, asks, phi_q_b, phi_q_h, phi_q_t, BLOCK_F, BLOCK_F, C, INDEXED
-        )  # fmt: skip
-        rise += tl.sum(phi_qs * dphi, axis=1)
-        store_rows(
-            dphi_q, (lam * dphi).to(dtype), batch, h, c, f, token - past, asks, phi_q_b, phi_q_h, phi_q_t,
-            BLOCK_F, BLOCK_F, C, INDEXED,
-        )  # fmt: skip
+            dphi = tl.dot(df, phi_k.load([at_b, f]), dphi, input_precision=P)
+        rise += tl.sum(phi_q.load([at_q, f]) * dphi, axis=1)
+        dphi_q.store([at_q, f], (lam * dphi).to(dtype))
     tl.store(centre + at_row, middle, mask=asks)
     tl.store(slope + at_row, rise, mask=asks)
 
@@ -178,13 +169,13 @@ def _key_tile(
 def backward_keys(
     q, k, v, do, dk, dv, near_weight, far_weight, conv, lse, centre, slope, peak, source, first, follows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, do_b, do_h, do_t, dk_b, dk_h, dk_t, dv_b, dv_h, dv_t,
-    H, T, past, n, scale,
+    H, T, past, n, start, scale,
     GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     TAPS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, NEAR_BEFORE: tl.constexpr, INDEXED: tl.constexpr,
     P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of near keys and of the convolution, except what chunks give to sinks."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     heads = H // GROUPS
     batch, kv_h = row // heads, row % heads
     chunks = batch * n
@@ -231,12 +222,12 @@ def backward_keys(
 @triton.jit(do_not_specialize=SIZES)
 def backward_far(
     do, phi_q, phi_k, u, u_mass, G, far_weight, mass, centre, du, du_mass, dphi_k, dG, source, first, follows,
-    do_b, do_h, do_t, phi_q_b, phi_q_h, phi_q_t, phi_k_b, phi_k_h, phi_k_t, H, T, past, n,
+    do_b, do_h, do_t, H, T, past, n, start, begin, span, held_q,
     GROUPS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BLOCK_F: tl.constexpr,
     C: tl.constexpr, SINKS: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """du, dphi_k and dG of a chunk's keys, by slot, from the queries of the next chunk that see them far."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     heads = H // GROUPS
     batch, kv_h = row // heads, row % heads
     chunks = batch * n
@@ -247,17 +238,19 @@ def backward_far(
     j, i = slot[:, None], slot[None, :]
     is_far = asks_a[None, :] & (j <= i) & held[:, None]
     is_far = is_far & body_slots(first, chunks, c, n, C, SINKS, INDEXED)[:, None]
-    at = ((row * n + c) * C).to(tl.int32)
+    at = ((row * span + c - begin) * C).to(tl.int32)
+    at_n = (row * n + c) * C
     us = u.load([at, 0])
-    masses = tl.load(u_mass + at + slot)
-    before = tl.load(G + at + slot)
-    since = tl.load(G + at + C - 1) + tl.load(G + at + C + slot, mask=asks_a, other=0.0)
+    masses = tl.load(u_mass + at_n + slot)
+    before = tl.load(G + at_n + slot)
+    since = tl.load(G + at_n + C - 1) + tl.load(G + at_n + C + slot, mask=asks_a, other=0.0)
     dus = tl.zeros([C, BV], tl.float32)
     dmass = tl.zeros([C], tl.float32)
     dG_sum = tl.zeros([C], tl.float32)
     for group in range(GROUPS):
         h = kv_h * GROUPS + group
         at_row = (batch * H + h) * (T - past) - past + token_a
+        at_q = (((batch * H + h) * held_q + c + 1 - start) * C).to(tl.int32)
         lam = tl.load(far_weight + h).to(tl.float32)
         total = tl.load(mass + at_row, mask=asks_a, other=1.0)
         middle = tl.load(centre + at_row, mask=asks_a, other=0.0)
@@ -266,14 +259,7 @@ def backward_far(
         weight = tl.where(is_far, weight, 0.0)
         b = tl.zeros([C, C], tl.float32)
         for f in tl.static_range(0, BF, BLOCK_F):
-            phi_ks = load_rows(
-                phi_k, batch, kv_h, c, f, token, held, phi_k_b, phi_k_h, phi_k_t, BLOCK_F, BLOCK_F, C, INDEXED
-            )  # fmt: skip
-            phi_qs = load_rows(
-                phi_q, batch, h, c + 1, f, token_a - past, asks_a, phi_q_b, phi_q_h, phi_q_t,
-                BLOCK_F, BLOCK_F, C, INDEXED,
-            )  # fmt: skip
-            b = tl.dot(phi_ks, tl.trans(phi_qs), b, input_precision=P)
+            b = tl.dot(phi_k.load([at, f]), tl.trans(phi_q.load([at_q, f])), b, input_precision=P)
         b = b * weight
         dos = load_rows(do, batch, h, c + 1, 0, token_a - past, asks_a, do_b, do_h, do_t, V, BV, C, INDEXED)
         dus = tl.dot(b.to(dtype), dos, dus, input_precision=P)
@@ -282,30 +268,26 @@ def backward_far(
         dG_sum -= tl.sum(b * df, axis=1)
         df = (df * weight).to(dtype)
         for f in tl.static_range(0, BF, BLOCK_F):
-            phi_qs = load_rows(
-                phi_q, batch, h, c + 1, f, token_a - past, asks_a, phi_q_b, phi_q_h, phi_q_t,
-                BLOCK_F, BLOCK_F, C, INDEXED,
-            )  # fmt: skip
-            given = tl.dot(df, phi_qs, input_precision=P)
-            place = dphi_k + (at + slot)[:, None] * BF + f + tl.arange(0, BLOCK_F)[None, :]
+            given = tl.dot(df, phi_q.load([at_q, f]), input_precision=P)
+            place = dphi_k + (at + slot).to(tl.int64)[:, None] * BF + f + tl.arange(0, BLOCK_F)[None, :]
             # Of all heads there is no room on chip.
             if group > 0:
                 given += tl.load(place).to(tl.float32)
             tl.store(place, given.to(dphi_k.dtype.element_ty))
     du.store([at, 0], dus.to(dtype))
-    tl.store(du_mass + at + slot, dmass)
-    tl.store(dG + at + slot, dG_sum)
+    tl.store(du_mass + at_n + slot, dmass)
+    tl.store(dG + at_n + slot, dG_sum)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_states(
     do, phi_q, G, far_weight, mass, centre, dstates, dstate_sums, source, follows,
-    do_b, do_h, do_t, phi_q_b, phi_q_h, phi_q_t, H, T, past, n,
+    do_b, do_h, do_t, H, T, past, n, start, begin, span, held_q,
     GROUPS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BLOCK_F: tl.constexpr,
     C: tl.constexpr, DELAY: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """What queries give to the state before chunk c that they look at, those of chunk c + DELAY."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     f = tl.program_id(2) * BLOCK_F
     heads = H // GROUPS
     batch, kv_h = row // heads, row % heads
@@ -326,13 +308,11 @@ def backward_states(
         total = tl.load(mass + at_row, mask=asks, other=1.0)
         middle = tl.load(centre + at_row, mask=asks, other=0.0)
         weight = tl.load(far_weight + h) / tl.abs(total) * tl.exp2(since * LOG2E)
-        phi_qs = load_rows(
-            phi_q, batch, h, a, f, token - past, asks, phi_q_b, phi_q_h, phi_q_t, BLOCK_F, BLOCK_F, C, INDEXED
-        )  # fmt: skip
+        phi_qs = phi_q.load([(((batch * H + h) * held_q + a - start) * C).to(tl.int32), f])
         dos = load_rows(do, batch, h, a, 0, token - past, asks, do_b, do_h, do_t, V, BV, C, INDEXED)
         given = tl.dot(tl.trans(phi_qs), (dos * weight[:, None]).to(dtype), given, input_precision=P)
         given_mass -= tl.sum(phi_qs * tl.where(total > 0, middle * weight, 0.0)[:, None], axis=0)
-    place = (row * n + c) * BF + f
+    place = (row * span + c - begin) * BF + f
     dstates.store([place.to(tl.int32), 0], given.to(dtype))
     tl.store(dstate_sums + place + tl.arange(0, BLOCK_F), given_mass)
 

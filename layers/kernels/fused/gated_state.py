@@ -45,19 +45,18 @@ def _faded(G):
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    phi, v, log_decay, beta, u, u_mass, W, inverse, G, source, first,
-    phi_b, phi_h, phi_t, v_b, v_h, v_t, H, T, n,
+    phi, v, log_decay, beta, u, u_mass, W, inverse, G, source, first, v_b, v_h, v_t, H, T, n, begin, span,
     V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr, SINKS: tl.constexpr,
     DELTA: tl.constexpr, STORE: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """G, and u_0, W, and where STORE T of each chunk (u = [v, 1] where not DELTA)."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), begin + tl.program_id(1)
     batch, head = row // H, row % H
     chunks = batch * n
     token, held = slots_of(source, chunks, c, n, T, C, INDEXED)
     enters = held & body_slots(first, chunks, c, n, C, SINKS, INDEXED)
-    place = ((row * n + c) * C).to(tl.int32)
-    slot = place + tl.arange(0, C)
+    place = ((row * span + c - begin) * C).to(tl.int32)
+    slot = (row * n + c) * C + tl.arange(0, C)
     sums = tl.cumsum(tl.load(log_decay + row * T + token, mask=enters, other=0.0), axis=0)
     tl.store(G + slot, sums)
     vs = load_rows(v, batch, head, c, 0, token, held, v_b, v_h, v_t, V, BV, C, INDEXED)
@@ -65,7 +64,7 @@ def prepare(
         strength = tl.load(beta + row * T + token, mask=enters, other=0.0)
         A = tl.zeros([C, C], tl.float32)
         for f in tl.static_range(0, BF, BLOCK_F):
-            phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
+            phis = phi.load([place, f])
             A = tl.dot(phis, tl.trans(phis), A, input_precision=P)
         A = A * strength[:, None] * _faded(sums)
         solve = invert(A, C, "ieee" if dtype == tl.float32 else "tf32x3")
@@ -76,7 +75,7 @@ def prepare(
         u.store([place, 0], tl.dot(solve.to(dtype), vs, input_precision=P).to(dtype))
         solve = (solve * tl.exp2(sums * LOG2E)[None, :]).to(dtype)
         for f in tl.static_range(0, BF, BLOCK_F):
-            phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
+            phis = phi.load([place, f])
             W.store([place, f], tl.dot(solve, phis, input_precision=P).to(dtype))
     else:
         tl.store(u_mass + slot, enters.to(tl.float32))
@@ -89,90 +88,114 @@ def _column(x, dtype: tl.constexpr):
     return (x[:, None] + tl.zeros([1, COPIES], tl.float32)).to(dtype)
 
 
+@triton.jit
+def _step(
+    M, Z, number, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin, span,
+    BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, STATES: tl.constexpr,
+    INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """M and Z after a chunk, of those before it."""
+    column = block * BE
+    feature = tl.arange(0, BF)
+    place = ((row * span + number) * C).to(tl.int32)
+    slot = (row * n + begin + number) * C
+    if INDEXED:
+        carry = carry_of(carries, chunks, begin + number, n)
+        M = M * carry
+        Z = Z * carry
+    if STATES:
+        place_f = (row * span + number) * BF
+        states.store([place_f.to(tl.int32), column], M.to(dtype))
+        if block == 0:
+            tl.store(state_sums + place_f + feature, tl.sum(Z, axis=1) / COPIES)
+    us = u.load([place, column])
+    mass = _column(tl.load(u_mass + slot + tl.arange(0, C)), tl.float32)
+    if DELTA:
+        Ws = W.load([place, 0])
+        left = us.to(tl.float32) - tl.dot(Ws, M.to(dtype), input_precision=P)
+        mass -= tl.dot(Ws, Z.to(dtype), input_precision=P)
+        u.store([place, column], left.to(dtype))
+        us = left
+    if block == 0:
+        tl.store(u_mass_all + slot + tl.arange(0, C), tl.sum(mass, axis=1) / COPIES)
+    sums = tl.load(G + slot + tl.arange(0, C))
+    end = tl.load(G + slot + C - 1)
+    leaving = tl.exp2((end - sums) * LOG2E)[:, None]
+    phis = tl.trans(phi.load([place, 0]))
+    total = tl.exp2(end * LOG2E)
+    M = tl.dot(phis, (us * leaving).to(dtype), M * total, input_precision=P)
+    Z = tl.dot(phis, (mass * leaving).to(dtype), Z * total, input_precision=P)
+    return M, Z
+
+
 @triton.jit(do_not_specialize=SIZES)
 def walk(
-    phi, u, u_mass, u_mass_all, W, G, initial_S, initial_z, states, state_sums, end_S, end_z, source, carries,
-    phi_b, phi_h, phi_t, H, T, n,
-    BV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr,
-    HAS_STATE: tl.constexpr, STATES: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
+    phi, u, u_mass, u_mass_all, W, G, initial_S, initial_z, states, state_sums, end_S, end_z, carries,
+    H, n, begin, span,
+    BV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, HAS_STATE: tl.constexpr,
+    STATES: tl.constexpr, AFTER: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """M before each chunk (where STATES) and after the last, BE of BV columns per program; u in the place of u_0."""
+    """M before each chunk (where STATES) and, as `end`, before the last or AFTER it; BE of BV columns per program; u in
+    the place of u_0."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // H, row % H
-    chunks = batch * n
+    chunks = row // H * n
     feature = tl.arange(0, BF)
-    column = block * BE
-    at = feature[:, None] * BV + column + tl.arange(0, BE)[None, :]
+    at = feature[:, None] * BV + block * BE + tl.arange(0, BE)[None, :]
     M = tl.zeros([BF, BE], tl.float32)
     Z = tl.zeros([BF, COPIES], tl.float32)
     if HAS_STATE:
         M = tl.load(initial_S + row * BF * BV + at)
         Z = tl.load(initial_z + row * BF + feature[:, None] + tl.zeros([1, COPIES], tl.int32))
-    for c in range(n):
-        place = ((row * n + c) * C).to(tl.int32)
-        slot = place + tl.arange(0, C)
-        token, held = slots_of(source, chunks, c, n, T, C, INDEXED)
-        if INDEXED:
-            carry = carry_of(carries, chunks, c, n)
-            M = M * carry
-            Z = Z * carry
-        if STATES:
-            states.store([((row * n + c) * BF).to(tl.int32), column], M.to(dtype))
-            if block == 0:
-                tl.store(state_sums + (row * n + c) * BF + feature, tl.sum(Z, axis=1) / COPIES)
-        us = u.load([place, column])
-        mass = _column(tl.load(u_mass + slot), tl.float32)
-        if DELTA:
-            Ws = W.load([place, 0])
-            left = us.to(tl.float32) - tl.dot(Ws, M.to(dtype), input_precision=P)
-            mass -= tl.dot(Ws, Z.to(dtype), input_precision=P)
-            u.store([place, column], left.to(dtype))
-            us = left
-        if block == 0:
-            tl.store(u_mass_all + slot, tl.sum(mass, axis=1) / COPIES)
-        sums = tl.load(G + slot)
-        end = tl.load(G + place + C - 1)
-        leaving = tl.exp2((end - sums) * LOG2E)[:, None]
-        phis = tl.trans(load_rows(phi, batch, head, c, 0, token, held, phi_b, phi_h, phi_t, BF, BF, C, INDEXED))
-        total = tl.exp2(end * LOG2E)
-        M = tl.dot(phis, (us * leaving).to(dtype), M * total, input_precision=P)
-        Z = tl.dot(phis, (mass * leaving).to(dtype), Z * total, input_precision=P)
+    # The last chunk is apart: what comes after it may not be asked for.
+    for number in range(span if AFTER else span - 1):
+        M, Z = _step(
+            M, Z, number, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin,
+            span, BE, BF, C, DELTA, STATES, INDEXED, P, dtype,
+        )  # fmt: skip
     tl.store(end_S + row * BF * BV + at, M)
     if block == 0:
         tl.store(end_z + row * BF + feature, tl.sum(Z, axis=1) / COPIES)
+    if not AFTER:
+        _step(
+            M, Z, span - 1, phi, u, u_mass, u_mass_all, W, G, states, state_sums, carries, row, block, chunks, n, begin,
+            span, BE, BF, C, DELTA, STATES, INDEXED, P, dtype,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def walk_back(
-    phi, W, G, du, du_mass, du_mass_all, dstates, dstate_sums, dstate_sums_all, source, carries,
-    phi_b, phi_h, phi_t, H, T, n,
-    BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, DELTA: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
-    dtype: tl.constexpr,
+    phi, W, G, du, du_mass, du_mass_all, dstates, dstate_sums, dstate_sums_all, dM, dZ, carries,
+    H, n, start, begin, span, BV: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr, C: tl.constexpr,
+    DELTA: tl.constexpr, GOES_ON: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dM after each chunk, in the place of what queries gave to the state before it; and du, of what tiles saw of u,
-    becomes all of it."""
+    becomes all of it. Where it GOES_ON, dM and dZ are those after the last chunk, and then before chunk `start`."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = row // H, row % H
-    chunks = batch * n
+    chunks = row // H * n
     column = block * BE
     feature = tl.arange(0, BF)
     M = tl.zeros([BF, BE], tl.float32)
     Z = tl.zeros([BF, COPIES], tl.float32)
-    for step in range(n):
-        c = n - 1 - step
-        place = ((row * n + c) * C).to(tl.int32)
-        place_f = ((row * n + c) * BF).to(tl.int32)
-        slot = place + tl.arange(0, C)
-        token, held = slots_of(source, chunks, c, n, T, C, INDEXED)
+    at = row * BF * BV + feature[:, None] * BV + column + tl.arange(0, BE)[None, :]
+    at_Z = (row * tl.num_programs(1) + block) * BF + feature
+    if GOES_ON:
+        M = tl.load(dM + at)
+        Z = tl.load(dZ + at_Z[:, None] + tl.zeros([1, COPIES], tl.int32))
+    for step in range(begin + span - start):
+        number = span - 1 - step
+        c = begin + number
+        place = ((row * span + number) * C).to(tl.int32)
+        place_f = ((row * span + number) * BF).to(tl.int32)
+        slot = (row * n + c) * C + tl.arange(0, C)
         given = dstates.load([place_f, column])
         given_mass = tl.load(dstate_sums + place_f + feature)
         dstates.store([place_f, column], M.to(dtype))
         if block == 0:
             tl.store(dstate_sums_all + place_f + feature, tl.sum(Z, axis=1) / COPIES)
         sums = tl.load(G + slot)
-        end = tl.load(G + place + C - 1)
+        end = tl.load(G + (row * n + c) * C + C - 1)
         leaving = tl.exp2((end - sums) * LOG2E)[:, None]
-        phis = load_rows(phi, batch, head, c, 0, token, held, phi_b, phi_h, phi_t, BF, BF, C, INDEXED)
+        phis = phi.load([place, 0])
         dus = du.load([place, column]) + leaving * tl.dot(phis, M.to(dtype), input_precision=P)
         dmass = _column(tl.load(du_mass + slot), tl.float32)
         dmass += leaving * tl.dot(phis, Z.to(dtype), input_precision=P)
@@ -190,29 +213,32 @@ def walk_back(
             carry = carry_of(carries, chunks, c, n)
             M = M * carry
             Z = Z * carry
+    if GOES_ON:
+        tl.store(dM + at, M)
+        tl.store(dZ + at_Z, tl.sum(Z, axis=1) / COPIES)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_back(
     phi, v, log_decay, beta, u, u_mass, inverse, G, states, state_sums, dstates, dstate_sums, du, du_mass, dphi_seen,
     dG_seen, slope, far, dphi, dv, dlog_decay, dbeta, source, first, follows,
-    phi_b, phi_h, phi_t, v_b, v_h, v_t, dv_b, dv_h, dv_t, H, T, past, n,
+    v_b, v_h, v_t, dv_b, dv_h, dv_t, H, T, past, n, start, begin, span,
     GROUPS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BLOCK_F: tl.constexpr, C: tl.constexpr,
     SINKS: tl.constexpr, DELTA: tl.constexpr, DELAY: tl.constexpr, SEEN: tl.constexpr, INDEXED: tl.constexpr,
     P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """dphi [B, H_kv, T, BF], gradients of the gates, and dv with what near weights gave added. Tiles gave `dphi_seen`
+    """dphi by slot as phi is, gradients of the gates, and dv with what near weights gave added. Tiles gave `dphi_seen`
     and `dG_seen` by slot (where SEEN), and queries far * `slope` per row, the gradient of their G."""
-    row, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, c = tl.program_id(0).to(tl.int64), start + tl.program_id(1)
     batch, head = row // H, row % H
     chunks = batch * n
     token, held = slots_of(source, chunks, c, n, T, C, INDEXED)
     enters = held & body_slots(first, chunks, c, n, C, SINKS, INDEXED)
-    place = ((row * n + c) * C).to(tl.int32)
-    place_f = ((row * n + c) * BF).to(tl.int32)
-    slot = place + tl.arange(0, C)
+    place = ((row * span + c - begin) * C).to(tl.int32)
+    place_f = ((row * span + c - begin) * BF).to(tl.int32)
+    slot = (row * n + c) * C + tl.arange(0, C)
     sums = tl.load(G + slot)
-    end = tl.load(G + place + C - 1)
+    end = tl.load(G + (row * n + c) * C + C - 1)
     leaving = tl.exp2((end - sums) * LOG2E)
     total = tl.exp2(end * LOG2E)
     us = u.load([place, 0])
@@ -248,7 +274,7 @@ def prepare_back(
         dA = -tl.dot(right, tl.trans(us), input_precision=P) - right_mass[:, None] * mass[None, :]
         S = tl.zeros([C, C], tl.float32)
         for f in tl.static_range(0, BF, BLOCK_F):
-            phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
+            phis = phi.load([place, f])
             S = tl.dot(phis, tl.trans(phis), S, input_precision=P)
         faded = _faded(sums)
         along = dA * S * faded
@@ -265,7 +291,7 @@ def prepare_back(
 
     for f in tl.static_range(0, BF, BLOCK_F):
         feature = f + tl.arange(0, BLOCK_F)
-        phis = load_rows(phi, batch, head, c, f, token, held, phi_b, phi_h, phi_t, BLOCK_F, BLOCK_F, C, INDEXED)
+        phis = phi.load([place, f])
         X = states.load([place_f + f, 0])
         x = tl.load(state_sums + place_f + feature)
         dX = dstates.load([place_f + f, 0])
@@ -285,10 +311,9 @@ def prepare_back(
             dphis += (strength * since)[:, None] * dW
             dphis = tl.dot(dS, phis, dphis, input_precision=P)
         if SEEN:
-            dphis += tl.load(dphi_seen + slot[:, None] * BF + feature[None, :]).to(tl.float32)
-        # Slots beyond the row are not stored.
-        at = (row * T + token)[:, None] * BF + feature[None, :]
-        tl.store(dphi + at, dphis.to(dtype), mask=held[:, None])
+            at = (place + tl.arange(0, C)).to(tl.int64)[:, None] * BF + feature[None, :]
+            dphis += tl.load(dphi_seen + at).to(tl.float32)
+        dphi.store([place, f], dphis.to(dtype))
     if DELTA:
         tl.store(dbeta + row * T + token, tl.where(enters, dstrength, 0.0), mask=held)
     # G_j sums up all l <= j.

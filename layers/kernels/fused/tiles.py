@@ -13,7 +13,7 @@ LOWEST = tl.constexpr(-1e30)
 TINY = tl.constexpr(1e-12)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Kernels are not compiled again for another length.
-SIZES = ["B", "H", "T", "past", "n", "span"]
+SIZES = ["B", "H", "T", "past", "n", "span", "start", "begin", "held_q"]
 # z takes part in products as a matrix Z of so many equal columns, the fewest that tensor cores take.
 COPIES = tl.constexpr(16)
 
