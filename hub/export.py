@@ -25,16 +25,17 @@ TEMPLATE = '''"""{base} with augmented linear attention."""
 
 from transformers import {config}, {base}
 
-from .{prefix}kernels import BACKENDS
+from .{prefix}kernels import BACKENDS, triton_kernels
 from .{prefix}seam import LinearizedMixin
 
 try:
     # Faster backends than the copies here, where the same version of the package is installed.
     import linearize
-    from linearize.layers.kernels import BACKENDS as INSTALLED
+    from linearize.layers import kernels
 
     if linearize.__version__ == "{version}":
-        BACKENDS.update(INSTALLED)
+        BACKENDS.update(kernels.BACKENDS)
+        vars(triton_kernels).update(vars(kernels.triton_kernels))
 except ImportError:
     pass
 

@@ -7,7 +7,7 @@ from .cache import Draft, LinearCacheLayer
 from .config import FAR_UNIT, LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
-from .kernels import Features, Problem, Weights, augmented_attention, fused_step
+from .kernels import Features, Problem, Weights, augmented_attention, triton_kernels
 from .softmax import softmax_attention
 from .tokens import Tokens, locate, visible_keys, whole_sequences
 
@@ -182,6 +182,7 @@ class LinearAttention(nn.Module):
         continues = cache is not None and cache.seen and segments is None
         steps = continues and k.shape[2] == 1 and ancestors is None
         tree = continues and ancestors is not None
+        fused_step = triton_kernels.step
         fused = fused_step is not None and v.is_cuda and self.backend in ("auto", "triton")
         if fused and (steps or tree) and not fused_step.refuses(self, cache, k.shape[2]):
             if steps:

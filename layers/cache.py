@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .config import LinearAttentionConfig
-from .kernels import Features, Gates, State, fold, fused_step
+from .kernels import Features, Gates, State, fold, triton_kernels
 from .softmax import SoftmaxMemory
 from .tokens import PADDING, Tokens
 
@@ -196,8 +196,8 @@ class LinearCacheLayer(CacheLayerMixin):
         """
         draft, self.draft = self.draft, None
         self.memory.accept(path, self.length)
-        if draft.far is not None and self.far is not None and fused_step.accepts(self, path):
-            fused_step.accept(self, draft.keys, draft.far, path)
+        if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path):
+            triton_kernels.step.accept(self, draft.keys, draft.far, path)
             return
         keys, past = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()})
         depth = torch.arange(path.shape[1], device=path.device)

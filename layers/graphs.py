@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cache import LinearCacheLayer
-from .kernels import fused_step
+from .kernels import triton_kernels
 
 # Graphs that a model keeps; each has the activations of a step, and a cache.
 KEPT = 4
@@ -28,6 +28,7 @@ def replayed(step):
 def refuses(step) -> str | None:
     """Why a step (`decoding.Step`) cannot be captured, or None."""
     model, cache = step.model, step.cache
+    fused_step = triton_kernels.step
     if not step.last.is_cuda or fused_step is None:
         return "graphs are of a GPU's fused kernels"
     if torch.is_autocast_enabled(step.last.device.type):
@@ -127,4 +128,4 @@ def remember(step) -> None:
     """Make ready for steps what a prompt has left, so that its cache has the tensors that a captured one has."""
     for index, linear in step.model.linear_attentions().items():
         if step.cache.layers[index].far is None:
-            fused_step.remember(linear, step.cache.layers[index])
+            triton_kernels.step.remember(linear, step.cache.layers[index])

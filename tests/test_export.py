@@ -112,6 +112,9 @@ def test_export_uses_the_backends_of_an_installed_package(finished, monkeypatch)
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "model", trust_remote_code=True)
     model(torch.arange(1, 20).view(1, -1))
     assert len(calls) == 2
+    # And what it decodes with on a GPU.
+    copy = sys.modules[f"{type(model).__module__.rpartition('.')[0]}.linearize_kernels"].triton_kernels
+    assert copy.step is not None and vars(copy) == vars(kernels.triton_kernels)
 
 
 def test_export_carries_what_people_look_for(finished):

@@ -8,6 +8,7 @@ takes the fastest that can do it, the last such entry of `BACKENDS`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,13 @@ from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
 
-FUSED, fused_step, gated, features = (), None, None, None
-# An exported model's copy takes backends from the package where that is installed, and of the same version.
+# Modules of `fused`, where Triton is there; an exported model's copy gets the package's, as it gets backends.
+triton_kernels = SimpleNamespace(step=None, gated=None, features=None, layers=())
 if __name__ == "linearize.layers.kernels":
     try:
-        from linearize.layers.kernels.fused import additive, features, gated
-        from linearize.layers.kernels.fused import step as fused_step
+        from linearize.layers.kernels.fused import additive, features, gated, step
 
-        FUSED = additive, gated
+        triton_kernels = SimpleNamespace(step=step, gated=gated, features=features, layers=(additive, gated))
     except ImportError:  # no Triton
         pass
 
@@ -51,6 +51,7 @@ class Features:
 
     @cached_property
     def _computed(self) -> tuple[Tensor, Gates | None]:
+        features = triton_kernels.features
         if features is not None and features.fuses(self.x, self.map):
             return features.hedgehog(self.x, self.map, self.unit, self.scale, self.lam_query, self.token_gates)
         phi = self.map(self.x)
@@ -205,6 +206,7 @@ def fold(
         tokens: of the keys, all of document 0 or else padding, which does not enter; neither do sinks.
     """
     many = v.shape[2] > chunk_size(config)
+    gated = triton_kernels.gated
     if many and gated is not None and gated.folds(phi_k, v, config):
         return gated.end_state(phi_k, v, gates, state, tokens, config)
     dtype = state.S.dtype
@@ -243,18 +245,18 @@ def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], T
 
 
 def _fused(problem: Problem) -> Tensor:
-    return next(layer for layer in FUSED if not layer.refuses(problem)).attention(problem)
+    return next(layer for layer in triton_kernels.layers if not layer.refuses(problem)).attention(problem)
 
 
 def _fused_refuses(problem: Problem) -> str | None:
     if not problem.v.is_cuda:
         return "Triton's kernels need a GPU"
-    reasons = [layer.refuses(problem) for layer in FUSED]
+    reasons = [layer.refuses(problem) for layer in triton_kernels.layers]
     return None if None in reasons else "; ".join(dict.fromkeys(reasons))
 
 
 BACKENDS = {"reference": Backend(_without_autocast(reference)), "torch": Backend(_without_autocast(chunked))}
-if FUSED:
+if triton_kernels.layers:
     BACKENDS["triton"] = Backend(_fused, _fused_refuses)
 
 
@@ -281,5 +283,5 @@ def augmented_attention(problem: Problem, backend: str = "auto") -> Tensor:
 
 __all__ = [
     "BACKENDS", "Backend", "Features", "Gates", "Problem", "State", "Weights", "augmented_attention", "backend_for",
-    "fold", "fused_step",
+    "fold", "triton_kernels",
 ]  # fmt: skip
