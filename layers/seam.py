@@ -7,13 +7,11 @@ so that q and k arrive un-rotated; the rotation that the window needs is done he
 """
 
 import inspect
-import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -21,6 +19,7 @@ from .attention import LinearAttention
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
 from .decoding import Choice, decode, knows
+from .rotary import Watch, is_rotary, nothing, rotary_embeddings, rotated, rotates_pairs, skip_nothing, with_capped
 from .speculative import speculate
 from .tokens import segments_from_cu_seqlens
 
@@ -96,33 +95,13 @@ def _obstacle(module: nn.Module) -> str | None:
         return "attends to another sequence"
     if hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
         return "compresses its keys (multi-head latent attention)"
-    if is_rotary(module) and not _rotates_pairs(module):
+    if is_rotary(module) and not rotates_pairs(module):
         return "rotates by a function other than apply_rotary_pos_emb(q, k, cos, sin)"
     if any(isinstance(const, tuple) and "s_aux" in const for const in _code(module).co_consts):
         return "has learned sinks inside its softmax (it passes s_aux to the interface)"
     if getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
         return "caps its scores (attn_logit_softcapping)"
     return None
-
-
-def is_rotary(module: nn.Module) -> bool:
-    """Whether an attention module is handed a rotary embedding."""
-    return "position_embeddings" in inspect.signature(type(module).forward).parameters
-
-
-def rotary_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that make cos and sin of positions."""
-    return [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
-
-
-def _rotate_function(module: nn.Module):
-    family = sys.modules[inspect.unwrap(type(module).forward).__module__]
-    return getattr(family, "apply_rotary_pos_emb", None)
-
-
-def _rotates_pairs(module: nn.Module) -> bool:
-    rotate = _rotate_function(module)
-    return rotate is not None and list(inspect.signature(rotate).parameters)[:4] == ["q", "k", "cos", "sin"]
 
 
 def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
@@ -235,6 +214,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
             # Also when the module's own code fails half-way.
             module.register_forward_hook(_stop_watching, always_call=True)
+            skip_nothing(module)
         module.linear_attention = layers[index].to(device)
     if not hasattr(model, "_linearize_hook"):
         model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
@@ -245,15 +225,10 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
 
 
 def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs: dict, output):
-    """cos and sin followed, in the last dimension, by those of positions no further on than the sink distance."""
-    config = model.config
-    distance = config.linear_attention["sink_distance"]
-    if config._attn_implementation not in IMPLEMENTATIONS or distance is None:
+    distance = model.config.linear_attention["sink_distance"]
+    if model.config._attn_implementation not in IMPLEMENTATIONS or distance is None:
         return output
-    call = inspect.signature(module.forward).bind(*args, **kwargs)
-    call.arguments["position_ids"] = call.arguments["position_ids"].clamp(max=distance)
-    capped = module.forward(*call.args, **call.kwargs)
-    return tuple(torch.cat(pair, dim=-1) for pair in zip(output, capped, strict=True))
+    return with_capped(module, args, kwargs, output, distance)
 
 
 def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -279,18 +254,6 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
     return args, kwargs
 
 
-class _Watch(TorchFunctionMode):
-    """Notices whether a tensor is used; entered for one call of an attention module, left by its attention function."""
-
-    def __init__(self, tensor: Tensor):
-        super().__init__()
-        self.tensor, self.used = tensor, False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.used = self.used or any(x is self.tensor for x in args)
-        return func(*args, **(kwargs or {}))
-
-
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if module.config._attn_implementation not in IMPLEMENTATIONS:
         return args, kwargs
@@ -314,10 +277,9 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     # Some layers of some families are handed an embedding that they do not apply.
     if (wants_raw or wants_sinks) and rotary is not None and linear.rotates is not False:
         call.rotary, call.sink_rotary = rotary, sink_rotary
-        cos = torch.ones_like(rotary[0])
-        kwargs["position_embeddings"] = (cos, torch.zeros_like(rotary[1]))
+        kwargs["position_embeddings"] = nothing(rotary)
         if linear.rotates is None:
-            linear.watch = _Watch(cos)
+            linear.watch = Watch(kwargs["position_embeddings"][0])
             linear.watch.__enter__()
     return args, kwargs
 
@@ -375,21 +337,13 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     sliding_window = kwargs.get("sliding_window")
     if call.rotary is None:
         return Inputs(query, key, None, None, None, call.cache, segments, sliding_window)
-    q, k = _rotate(module, query, key, call.rotary)
-    sink_q = None
+    sink_rotary = call.sink_rotary
     # No further on than the distance, sinks see q as all other keys do.
-    if call.sink_rotary is not None and (call.cache is not None or query.shape[2] > linear.config.sink_distance + 1):
-        sink_q = _rotate(module, query, key[:, :1], call.sink_rotary)[0]
+    if sink_rotary is not None and call.cache is None and query.shape[2] <= linear.config.sink_distance + 1:
+        sink_rotary = None
+    q, k, sink_q = rotated(module, query, key, call.rotary, sink_rotary)
     raw = (query, key) if linear.config.rope == "before" else (None, None)
     return Inputs(q, k, *raw, sink_q, call.cache, segments, sliding_window)
-
-
-def _rotate(module: nn.Module, q: Tensor, k: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """q, k as the family's own code rotates them: where that is partial, their first dimensions."""
-    size = rotary[0].shape[-1]
-    rotated = _rotate_function(module)(q[..., :size], k[..., :size], *rotary)
-    q, k = (torch.cat([new, x[..., size:]], dim=-1).to(x.dtype) for new, x in zip(rotated, (q, k), strict=True))
-    return q, k
 
 
 def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:

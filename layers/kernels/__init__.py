@@ -20,12 +20,14 @@ from .memory import Gates, State, far_values
 from .reference import Weights, attend, contract, conv_band
 
 # Modules of `fused`, where Triton is there; an exported model's copy gets the package's, as it gets backends.
-triton_kernels = SimpleNamespace(step=None, gated=None, features=None, layers=())
+triton_kernels = SimpleNamespace(step=None, gated=None, features=None, rotate=None, layers=())
 if __name__ == "linearize.layers.kernels":
     try:
-        from linearize.layers.kernels.fused import additive, features, gated, step
+        from linearize.layers.kernels.fused import additive, features, gated, rotate, step
 
-        triton_kernels = SimpleNamespace(step=step, gated=gated, features=features, layers=(additive, gated))
+        triton_kernels = SimpleNamespace(
+            step=step, gated=gated, features=features, rotate=rotate, layers=(additive, gated)
+        )
     except ImportError:  # no Triton
         pass
 
