@@ -131,16 +131,17 @@ def with_states(model, cache: LinearCache, tree: DraftTree) -> tuple[Callable, l
 
 
 def tokens_per_second(model, cache: LinearCache, choose: Choice, draft, steps: int, per_step: float) -> float:
-    last = torch.zeros(1, dtype=torch.long, device="cuda")
+    ids = torch.zeros(1, CONTEXT, dtype=torch.long, device="cuda")
+    last = ids[:, -1].clone()
     hidden = torch.randn(1, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    step = replayed(Step(model, deepcopy(cache), choose, Rows(last.clone(), []), draft, last, hidden))
+    step = replayed(Step(model, deepcopy(cache), choose, Rows(ids, []), draft, last, hidden))
     assert hasattr(step, "captured"), "the step was not captured"
     for _ in range(4):
-        step([]).cpu()
+        step().cpu()
 
     def generate():
         for _ in range(steps):
-            step([]).cpu()
+            step().cpu()
 
     return steps * per_step / seconds(generate)
 
@@ -154,7 +155,7 @@ def measure(shape: str, preset: str, steps: int) -> dict:
     plain = tokens_per_second(model, cache, single, None, steps, 1)
     forced = tokens_per_second(model, cache, Forced(TREE, torch.device("cuda")), (heads, TREE), steps, 2.5)
     result["tokens/s"], result["tokens/s, 2.5 per step"] = plain, forced
-    remember(Step(model, cache, single, Rows(cache.length, []), None, cache.length, cache.length))
+    remember(Step(model, cache, single, Rows(cache.length[:, None], []), None, cache.length, cache.length))
     result["tree"] = captured(on_the_state(model, cache, TREE))
     for name, way in (("copies", with_copies), ("states", with_states)):
         before = torch.cuda.memory_allocated()

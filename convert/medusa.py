@@ -18,7 +18,7 @@ from linearize.convert.progress import TokenProgress
 from linearize.convert.training import train
 from linearize.layers.cache import LinearCache
 from linearize.layers.decoding import Choice, Rows, Step
-from linearize.layers.draft import DraftTree
+from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
 from linearize.layers.graphs import replayed
 from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
@@ -27,8 +27,7 @@ from linearize.recipes.schema import MedusaSection
 # Tokens of the data that a text of the model's own begins with, and texts that it writes at once.
 PROMPT = 32
 ROWS = 256
-# Guesses of a head that a tree may take, sizes of trees that are tried, and how often.
-RANKS = 10
+# Sizes of trees that are tried, and how often.
 SIZES = (1, 4, 8, 16, 32, 64)
 WARM_UP, REPEATS = 2, 5
 
@@ -48,14 +47,22 @@ class MedusaModel(nn.Module):
         self.base.eval()
         return self
 
-    def forward(self, batch: dict) -> list[tuple[Tensor, Tensor]]:
-        """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
+    def logits(self, batch: dict) -> list[Tensor]:
+        """Per head [B, T, V], of a batch of packed sequences."""
         with torch.no_grad():
             hidden = self.base.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).last_hidden_state
+        return self.heads(hidden, self.base.get_output_embeddings())
+
+    def guesses(self, batch: dict) -> Tensor:
+        """[heads, T, RANKS] tokens, of one sequence."""
+        return torch.stack([logits[0].topk(RANKS).indices for logits in self.logits(batch)])
+
+    def forward(self, batch: dict) -> list[tuple[Tensor, Tensor]]:
+        """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
         pairs = []
-        for i, logits in enumerate(self.heads(hidden, self.base.get_output_embeddings())):
+        for i, logits in enumerate(self.logits(batch)):
             ahead = i + 2
             # A label counts if no document begins on the way to it: positions then go on without a restart.
             labels, position = batch["labels"][:, ahead:], batch["position_ids"]
@@ -77,26 +84,42 @@ class WeightedHeads:
         return sum(self.decay**i * loss for i, loss in enumerate(losses))
 
 
-def head_accuracy(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> list[dict]:
-    """Per head the share of tokens that are its first, or among its first five, guesses; and by rank."""
-    count = len(model.heads.blocks)
-    hits, total = torch.zeros(count, RANKS), torch.zeros(count, 1)
+@torch.no_grad()
+def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+    """[N, depths, RANKS + 1] bool, of N places of texts: whether the token so many places ahead is a head's guess of
+    that rank, or what is copied (see `DraftTree.grown`)."""
+    found = []
     for sequence in sequences:
         batch = {name: value[None].to(device) for name, value in sequence.items()}
-        with torch.no_grad():
-            for i, (logits, labels) in enumerate(model(batch)):
-                counted = labels != -100
-                right = logits[counted].topk(RANKS).indices == labels[counted, None]
-                hits[i] += right.sum(0).cpu()
-                total[i] += counted.sum().cpu()
-    shares = (hits / total).tolist()
+        ends = [*(batch["position_ids"][0, 1:] == 0).nonzero()[:, 0].add(1).tolist(), batch["input_ids"].shape[1]]
+        guesses = model.guesses(batch)  # (heads, T, RANKS)
+        for start, end in zip([0, *ends], ends, strict=False):
+            ids, labels = batch["input_ids"][0, start:end], batch["labels"][0, start:end]
+            places = end - start - 2
+            if places < 1:
+                continue
+            # At place t the model has seen token t, token t + 1 is known, and those from t + 2 on are guessed.
+            index = torch.arange(places, device=device)[:, None] + 2 + torch.arange(COPIED, device=device)
+            ahead = torch.where(index < end - start, labels[index.clamp(max=end - start - 1)], -100)
+            right = torch.zeros(places, COPIED, RANKS + 1, dtype=torch.bool, device=device)
+            heads = guesses[:COPIED, start : start + places].transpose(0, 1)
+            right[:, : heads.shape[1], :RANKS] = heads == ahead[:, : heads.shape[1], None]
+            texts = ids.expand(places, -1)
+            right[:, :, COPY] = copies(texts, torch.arange(places, device=device) + 2) == ahead
+            found.append(right[ahead[:, 0] != -100].cpu())
+    return torch.cat(found)
+
+
+def head_accuracy(right: Tensor, heads: int) -> list[dict]:
+    """Per head the share of tokens that are its first, or among its first five, guesses; and by rank."""
+    shares = right[:, :heads, :RANKS].float().mean(0).tolist()
     return [{"top1": share[0], "top5": sum(share[:5]), "ranks": share} for share in shares]
 
 
 @torch.no_grad()
-def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[DraftTree, list[dict]]:
+def fastest_tree(model: MedusaModel, right: Tensor) -> tuple[DraftTree, list[dict]]:
     """The tree that makes most tokens per second on this device, and what was measured: one sequence, per size the best
-    tree, the tokens that it is expected to have accepted per step, and the milliseconds of a step."""
+    tree, the tokens that it has accepted per step where guesses are `right`, and the milliseconds of a step."""
     base, best, found = model.base, None, []
     output = base.get_output_embeddings()
     heads = deepcopy(model.heads).to(output.weight.dtype)
@@ -104,22 +127,23 @@ def fastest_tree(model: MedusaModel, accuracy: list[list[float]]) -> tuple[Draft
     prompt = torch.randint(output.out_features, (1, 2 * linear.config.ring_size), device=output.weight.device)
     for nodes in SIZES:
         # An accepted path must fit what the cache keeps in reserve.
-        tree = DraftTree.grown(accuracy[: linear.config.slack], nodes)
+        tree = DraftTree.grown(right[:, : linear.config.slack], nodes)
         cache = LinearCache(base)
         base(prompt, past_key_values=cache, use_cache=True)
-        rows = Rows(torch.full_like(prompt[:, 0], prompt.shape[1]), [])
+        rows = Rows(prompt, [])
         hidden = output.weight.new_zeros(1, output.in_features)
         step = replayed(Step(base, cache, Choice([], sample=False), rows, (heads, tree), prompt[:, -1], hidden))
         taken = []
         for _ in range(WARM_UP + REPEATS):
             began = time.perf_counter()
             # Waits for the device.
-            step([]).cpu()
+            step().cpu()
             taken.append(time.perf_counter() - began)
         seconds = statistics.median(taken[WARM_UP:])
-        found.append({"nodes": len(tree.parents), "tokens": tree.expected(accuracy), "ms": seconds * 1e3})
-        if best is None or tree.expected(accuracy) / seconds > best[0]:
-            best = tree.expected(accuracy) / seconds, tree
+        tokens = tree.expected(right)
+        found.append({"nodes": len(tree.parents), "tokens": tokens, "ms": seconds * 1e3})
+        if best is None or tokens / seconds > best[0]:
+            best = tokens / seconds, tree
     return best[1], found
 
 
@@ -199,9 +223,15 @@ def run(context: Context) -> Artifact:
         documents = [own_texts(context, base, prompts, "own_text")]
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
-    accuracy = head_accuracy(model.eval(), heldout_sequences(context, base, section), context.device)
-    tree, sizes = fastest_tree(model, [head["ranks"] for head in accuracy])
-    metrics = {"loss": losses, "head_accuracy": accuracy, "tree": tree.paths, "tree_sizes": sizes}
+    right = right_guesses(model.eval(), heldout_sequences(context, base, section), context.device)
+    tree, sizes = fastest_tree(model, right)
+    metrics = {
+        "loss": losses,
+        "head_accuracy": head_accuracy(right, section.heads),
+        "copy_accuracy": right[:, :, COPY].float().mean(0).tolist(),
+        "tree": tree.paths,
+        "tree_sizes": sizes,
+    }
     return Artifact(context.stage_directory("medusa"), metrics)
 
 

@@ -22,7 +22,7 @@ from transformers.generation import (
 )
 
 from .cache import LinearCache
-from .draft import DraftTree
+from .draft import COPY, DraftTree, copies
 from .graphs import replayed
 from .medusa import MedusaHeads
 
@@ -33,6 +33,8 @@ SIMPLE = (MaxLengthCriteria, EosTokenCriteria)
 # What `generate` prepares for a model that reads text alone.
 TEXT_ALONE = {"attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 ALONE = DraftTree((-1,), (0,))
+# A text has room for a multiple of so many tokens.
+SLOTS = 1024
 
 
 class Choice:
@@ -52,13 +54,13 @@ class Choice:
         return self.sample, self.typical, *((type(x), *vars(x).values()) for x in self.processors)
 
     def __call__(
-        self, logits: Tensor, rows: list[Tensor], tokens: Tensor, tree: DraftTree, parents: Tensor
+        self, logits: Tensor, rows: "Rows", tokens: Tensor, tree: DraftTree, parents: Tensor
     ) -> tuple[Tensor, Tensor]:
         """[B, T] tokens of logits [B, T, V], and whether each node [B, T] is right if its ancestors are.
 
         Args:
+            rows: the text up to node 0, which is the first of `tokens` [B, T].
             parents: [T] of the tree's nodes, of node 0 any.
-            rows: where `reads_text`, the tokens of each row before node 0, which is the first of `tokens` [B, T].
         """
         scores = logits.float()
         if not self.reads_text:
@@ -66,12 +68,13 @@ class Choice:
                 scores = processor(None, scores.flatten(0, 1)).view_as(scores)
         else:
             scores = scores.clone()
-            for row, ids in enumerate(rows):
+            texts = rows.texts()
+            for row, ids in enumerate(texts):
                 for node, depth in enumerate(tree.depths):
-                    way = tokens[row, tree.ways[node, : depth + 1].to(tokens.device)]
+                    way = tokens[row, tree.ways[node, 1 : depth + 1].to(tokens.device)]
                     # Rows end in different places, and some processors know rows by their number.
-                    seen = torch.cat([ids, way]).expand(len(rows), -1)
-                    scores[row, node] = self.processors(seen, scores[row, node].expand(len(rows), -1))[row]
+                    seen = torch.cat([ids, way]).expand(len(texts), -1)
+                    scores[row, node] = self.processors(seen, scores[row, node].expand(len(texts), -1))[row]
         if not self.sample:
             chosen = scores.argmax(-1)
             return chosen, tokens == chosen[:, parents]
@@ -86,40 +89,55 @@ class Choice:
 
 
 class Rows:
-    """How far each row has come, and what ends it.
+    """The text so far, and what ends it; rows end in different places.
 
     Attributes:
-        count: [B], tokens of its text; done: [B]; limit: [], the most tokens; ends: [E], tokens that end it.
-        others: criteria that read the text.
+        text: [B, L], anything behind a row's end; count: [B], its tokens; done: [B].
+        limit: [], the most tokens; ends: [E], tokens that end a row; others: criteria that read the text.
     """
 
-    def __init__(self, count: Tensor, criteria):
-        self.count, self.done = count, torch.zeros_like(count, dtype=torch.bool)
+    def __init__(self, ids: Tensor, criteria):
+        batch, length = ids.shape
         limits = [x.max_length for x in criteria if isinstance(x, MaxLengthCriteria)]
-        self.limit = count.new_tensor(min(limits, default=torch.iinfo(torch.long).max))
-        ends = [x.eos_token_id.flatten().to(count.device) for x in criteria if isinstance(x, EosTokenCriteria)]
-        self.ends = torch.cat(ends) if ends else count.new_empty(0)
+        limit = min(limits, default=length)
+        # Alike for texts of alike lengths, or each would need a graph of its own.
+        self.text = ids.new_zeros(batch, (max(length, limit) // SLOTS + 1) * SLOTS)
+        self.text[:, :length] = ids
+        self.count = ids.new_full((batch,), length)
+        self.done = torch.zeros_like(self.count, dtype=torch.bool)
+        self.limit = ids.new_tensor(limit if limits else torch.iinfo(torch.long).max)
+        ends = [x.eos_token_id.flatten().to(ids.device) for x in criteria if isinstance(x, EosTokenCriteria)]
+        self.ends = torch.cat(ends) if ends else ids.new_empty(0)
         self.others = [x for x in criteria if not isinstance(x, SIMPLE)]
 
-    def add(self, new: Tensor, rows: list[Tensor]) -> Tensor:
-        """New tokens [B, n], -1 behind a row's last: the same without those that come after a row's end.
+    def texts(self) -> list[Tensor]:
+        """Of each row."""
+        return [text[:count] for text, count in zip(self.text, self.count.tolist(), strict=True)]
 
-        Args:
-            rows: where there are `others`, the text of each row so far.
-        """
-        step = torch.arange(1, new.shape[1] + 1, device=new.device)
-        last = torch.isin(new, self.ends) | (self.count[:, None] + step >= self.limit)
+    def add(self, new: Tensor) -> Tensor:
+        """New tokens [B, n], -1 behind a row's last: the same without those that come after a row's end."""
+        step = torch.arange(new.shape[1], device=new.device)
+        place = self.count[:, None] + step
+        last = torch.isin(new, self.ends) | (place + 1 >= self.limit)
         for criterion in self.others:
-            for row, ids in enumerate(rows):
+            texts = self.texts()
+            for row, ids in enumerate(texts):
                 for end in range(1, int((new[row] >= 0).sum()) + 1):
-                    text = torch.cat([ids, new[row, :end]]).expand(len(rows), -1)
+                    text = torch.cat([ids, new[row, :end]]).expand(len(texts), -1)
                     last[row, end - 1] |= criterion(text, None)[row]
         behind = last.cumsum(1) > last.long()
         new = torch.where(behind | self.done[:, None], -1, new)
         present = new >= 0
+        place = place.clamp(max=self.text.shape[1] - 1)
+        self.text.scatter_(1, place, torch.where(present, new, self.text.gather(1, place)))
         self.count.add_(present.sum(1))
         self.done.logical_or_((last & present).any(1))
         return new
+
+    def sequences(self, pad: int) -> Tensor:
+        """[B, longest], padded behind a row's end."""
+        text = self.text[:, : int(self.count.max())]
+        return torch.where(torch.arange(text.shape[1], device=text.device) < self.count[:, None], text, pad)
 
 
 class Step:
@@ -138,29 +156,41 @@ class Step:
         self.last, self.hidden = last, hidden
         self.heads, self.tree = (None, ALONE) if draft is None else draft
         tree = self.tree
+        # Of each node, its place among the candidates of all heads, followed by what is copied.
+        self.width = max((rank for rank in tree.ranks if rank != COPY), default=0) + 1
+        places = [
+            tree.heads * self.width + depth - 1 if rank == COPY else (depth - 1) * self.width + rank
+            for depth, rank in zip(tree.depths, tree.ranks, strict=True)
+        ][1:]
         self.constants = [
-            torch.as_tensor(x, device=last.device)
-            for x in (tree.depths, tree.ancestors, tree.ways, tree.ranks, (0, *tree.parents[1:]))
+            torch.as_tensor(x, dtype=torch.long, device=last.device)
+            for x in (tree.depths, tree.ways, places, (0, *tree.parents[1:]))
         ]
-        self.depths, self.ancestors, self.ways, self.ranks, self.parents = self.constants
+        self.depths, self.ways, self.places, self.parents = self.constants
+        self.ancestors = tree.ancestors.to(last.device)
+        self.constants.append(self.ancestors)
 
-    def __call__(self, texts: list[Tensor]) -> Tensor:
-        """[B, depth + 2]: new tokens, -1 behind a row's last, and whether it is done.
+    def guesses(self) -> Tensor:
+        """[B, T - 1] tokens of the nodes but node 0."""
+        output, found = self.model.get_output_embeddings(), []
+        if self.tree.heads:
+            logits = self.heads(self.hidden[:, None], output)[: self.tree.heads]
+            found.append(torch.cat(logits, dim=1).topk(self.width).indices.flatten(1))
+        if COPY in self.tree.ranks:
+            found.append(copies(self.rows.text, self.rows.count))
+        return torch.cat(found, dim=1)[:, self.places]
 
-        Args:
-            texts: of each row so far, where `choose` or `rows` reads them.
-        """
+    def __call__(self) -> Tensor:
+        """[B, depth + 2]: new tokens, -1 behind a row's last, and whether it is done."""
         tokens = self.last[:, None]
         if self.heads is None:
             logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None])
         else:
-            output = self.model.get_output_embeddings()
-            guesses = [x[:, 0].topk(max(self.tree.ranks) + 1).indices for x in self.heads(self.hidden[:, None], output)]
-            guessed = torch.stack(guesses, dim=1)[:, self.depths[1:] - 1, self.ranks[1:]]
-            tokens = torch.cat([tokens, guessed], dim=1)
+            if len(self.places):
+                tokens = torch.cat([tokens, self.guesses()], dim=1)
             with self.cache.verifying(self.ancestors):
                 logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None] + self.depths)
-        chosen, right = self.choose(logits, [ids[:-1] for ids in texts], tokens, self.tree, self.parents)
+        chosen, right = self.choose(logits, self.rows, tokens, self.tree, self.parents)
 
         # A node counts where it and all before it are right.
         right = (right[:, None] | ~self.ancestors)[:, :, 1:].all(-1)
@@ -169,7 +199,7 @@ class Step:
         last = chosen.gather(1, leaf)
         new = torch.where(way >= 0, tokens.gather(1, way.clamp(min=0)), -1)[:, 1:]
         new = nn.functional.pad(new, (0, 1), value=-1).scatter(1, self.depths[leaf], last)
-        new = self.rows.add(new, texts)
+        new = self.rows.add(new)
         self.last.copy_(last[:, 0])
         if self.heads is not None:
             self.hidden.copy_(states[torch.arange(len(leaf), device=leaf.device), leaf[:, 0]])
@@ -189,7 +219,7 @@ class Step:
     def tensors(self) -> list[Tensor]:
         """All that a step reads and changes, but for weights."""
         rows = self.rows
-        own = [self.last, self.hidden, rows.count, rows.done, rows.limit, rows.ends]
+        own = [self.last, self.hidden, rows.text, rows.count, rows.done, rows.limit, rows.ends]
         return [*own, *(x for layer in self.cache.layers for x in layer.tensors())]
 
 
@@ -198,35 +228,6 @@ class DecodingOutput(GenerateDecoderOnlyOutput):
     """transformers' output, and `steps` [B]: forward passes that each row took after its prompt's."""
 
     steps: Tensor | None = None
-
-
-class _Text:
-    """The sequences so far, on the CPU: rows end in different places."""
-
-    def __init__(self, ids: Tensor, streamer):
-        self.rows, self.streamer, self.done = ids.tolist(), streamer, False
-        self.steps = torch.zeros(len(ids), dtype=torch.long)
-        if streamer is not None:
-            streamer.put(ids.cpu())
-
-    def add(self, found: Tensor) -> None:
-        """What a step gives."""
-        *columns, done = found.cpu().unbind(1)
-        self.done = bool(done.all())
-        self.steps += columns[0] >= 0
-        for column in columns:
-            for row, token in zip(self.rows, column.tolist(), strict=True):
-                if token >= 0:
-                    row.append(token)
-            if self.streamer is not None and (column >= 0).any():
-                self.streamer.put(column[column >= 0])
-
-    def on(self, device: torch.device) -> list[Tensor]:
-        return [torch.tensor(row, device=device) for row in self.rows]
-
-    def sequences(self, pad: int, device: torch.device) -> Tensor:
-        longest = max(map(len, self.rows))
-        return torch.tensor([row + [pad] * (longest - len(row)) for row in self.rows], device=device)
 
 
 def forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords) -> tuple[Tensor, Tensor]:
@@ -282,14 +283,12 @@ def decode(
         draft: heads and the tree of their guesses; without, a step makes one token.
         streamer: gets one sequence, the prompt and then tokens as they are accepted.
     """
-    device, cache = input_ids.device, model_kwargs["past_key_values"]
-    text = _Text(input_ids, streamer)
+    device, cache, length = input_ids.device, model_kwargs["past_key_values"], input_ids.shape[1]
     past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
-    positions = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
+    positions = torch.arange(length, device=device).expand_as(input_ids)
     if mask is not None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         mask = None if mask.bool().all() else mask
-    length = input_ids.shape[1]
     chunk = getattr(generation_config, "prefill_chunk_size", None) or length
     for start in range(past, length, chunk):
         end = min(start + chunk, length)
@@ -297,22 +296,26 @@ def decode(
         logits, hidden = forward(
             model, cache, input_ids[:, start:end], positions[:, start:end], attention_mask=part, logits_to_keep=1
         )
-    root = torch.zeros(1, dtype=torch.long, device=device)
-    last, _ = choose(logits[:, -1:], [row[:-1] for row in input_ids], input_ids[:, -1:], ALONE, root)
-    rows = Rows(torch.full_like(input_ids[:, 0], length), stopping_criteria)
-    found = torch.cat([rows.add(last, list(input_ids)), rows.done[:, None]], dim=1)
+    rows = Rows(input_ids, stopping_criteria)
+    last, _ = choose(logits[:, -1:], rows, input_ids[:, -1:], ALONE, torch.zeros(1, dtype=torch.long, device=device))
+    new = rows.add(last)
     step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden[:, -1].clone())
-    reads_text = bool(choose.reads_text or rows.others)
-    run = replayed(step)
-    text.add(found)
-    while not text.done:
-        text.add(run(text.on(device) if reads_text else []))
+    run, steps, done = replayed(step), torch.zeros(len(input_ids), dtype=torch.long), bool(rows.done.all())
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+        streamer.put(new[:, 0].cpu())
+    while not done:
+        new, ended = run().cpu().tensor_split([-1], dim=1)
+        done = bool(ended.all())
+        steps += new[:, 0] >= 0
+        for column in new.unbind(1) if streamer is not None else ():
+            if (column >= 0).any():
+                streamer.put(column[column >= 0])
     run.finish()
     if streamer is not None:
         streamer.end()
     pad = generation_config._pad_token_tensor
-    sequences = text.sequences(0 if pad is None else int(pad), device)
+    sequences = rows.sequences(0 if pad is None else int(pad))
     if generation_config.return_dict_in_generate:
-        # The first token of each row came with its prompt.
-        return DecodingOutput(sequences=sequences, past_key_values=cache, steps=text.steps - 1)
+        return DecodingOutput(sequences=sequences, past_key_values=cache, steps=steps)
     return sequences

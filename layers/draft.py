@@ -1,4 +1,9 @@
-"""Trees of guesses: which of the draft heads' candidates are verified together."""
+"""Trees of guesses: which candidates are verified together, and where they come from.
+
+The candidates for the token so many places ahead are a draft head's likeliest ones (`medusa`), and the token that came
+there when the text last said what it says now (prompt lookup; Saxena 2023, Yang et al., arXiv 2304.04487): texts repeat
+themselves, the longer and the smaller the model, the more.
+"""
 
 import heapq
 from dataclasses import dataclass
@@ -7,11 +12,39 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+# Candidates of a head, and the number, as a rank, of what is copied from the text.
+RANKS = 10
+COPY = RANKS
+# Tokens copied at most, and the longest run of tokens that is looked for.
+COPIED = 10
+RUN = 4
+
+
+def copies(text: Tensor, count: Tensor) -> Tensor:
+    """[B, COPIED]: what followed the latest place before the end of each row where the longest run of its last tokens
+    (up to RUN) stood; anything where there is none. A text that has begun to repeat itself goes on doing so.
+
+    Args:
+        text: [B, L], of which the first `count` [B] tokens are there, two or more.
+    """
+    place = torch.arange(text.shape[1], device=text.device)
+    end = count[:, None] - 1
+    run = torch.ones_like(text, dtype=torch.bool) & (place < end)
+    length = torch.zeros_like(text)
+    for back in range(RUN):
+        token = text.gather(1, (end - back).clamp(min=0))
+        before = text.gather(1, (place - back).clamp(min=0).expand_as(text))
+        run = run & (before == token) & (place >= back)
+        length = length + run
+    latest = (length * text.shape[1] + place - (place >= end) * (RUN + 1) * text.shape[1]).argmax(1, keepdim=True)
+    ahead = torch.arange(COPIED, device=text.device) % (end - latest).clamp(min=1)
+    return text.gather(1, (latest + 1 + ahead).clamp(max=text.shape[1] - 1))
+
 
 @dataclass(frozen=True)
 class DraftTree:
     """Node 0 is the next token, which is known; node i at depth d is guess number `ranks[i]` (from 0) of head d - 1,
-    for the case that its ancestors are right.
+    or what was copied, for the case that its ancestors are right.
 
     Attributes:
         parents: of each node, which come before it; -1 for node 0.
@@ -25,34 +58,51 @@ class DraftTree:
         """From the ranks along the way to each node but node 0 (Medusa's choices, arXiv 2401.10774, section 2.1.2).
 
         Raises:
-            ValueError: for a path whose beginning is no path itself, or that is there twice.
+            ValueError: for a path whose beginning is no path itself, that is there twice, or with a rank that is none.
         """
         number = {(): 0}
         parents, ranks = [-1], [0]
         for path in sorted(map(tuple, paths), key=lambda path: (len(path), path)):
-            if not path or path in number or path[:-1] not in number or min(path) < 0:
-                raise ValueError(f"tree: {list(path)} is there twice, or {list(path[:-1])} before it is missing")
+            if not path or path in number or path[:-1] not in number or not 0 <= min(path) <= max(path) <= COPY:
+                raise ValueError(
+                    f"tree: {list(path)} is there twice, {list(path[:-1])} before it is missing, or a rank is not one "
+                    f"of 0 to {RANKS - 1}, nor {COPY} for what is copied"
+                )
             number[path] = len(parents)
             parents.append(number[path[:-1]])
             ranks.append(path[-1])
         return cls(tuple(parents), tuple(ranks))
 
     @classmethod
-    def grown(cls, accuracy: list[list[float]], nodes: int) -> "DraftTree":
-        """The tree of `nodes` nodes (or all there are) that accepts most tokens per step.
+    def grown(cls, right: Tensor, nodes: int) -> "DraftTree":
+        """The tree of `nodes` nodes, or of fewer that are ever right, of which most tokens are accepted per step: node
+        by node, the one that adds most.
 
         Args:
-            accuracy: per head, how often its guess of each rank is right where what comes before it was right. Heads
-                are taken to be right or wrong independently of each other.
+            right: [N, D, RANKS + 1] bool, whether at each of N places of a text the guess of a depth and rank is right.
         """
-        paths, waiting = [], [(-1.0, ())]
-        while waiting and len(paths) < nodes:
-            negative, path = heapq.heappop(waiting)
-            paths.append(path)
-            if len(path) < len(accuracy):
-                for rank, share in enumerate(accuracy[len(path)]):
-                    heapq.heappush(waiting, (negative * share, (*path, rank)))
-        return cls.of([list(path) for path in paths if path])
+        places, depth, ranks = right.shape
+        covered = torch.zeros(depth, places, dtype=torch.bool, device=right.device)
+        accepted = {(): torch.ones(places, dtype=torch.bool, device=right.device)}
+        waiting = [(-1.0, ())]
+        while waiting and len(accepted) < nodes:
+            promised, path = heapq.heappop(waiting)
+            if path:
+                alive = accepted[path[:-1]] & right[:, len(path) - 1, path[-1]]
+                gain = float((alive & ~covered[len(path) - 1]).float().mean())
+                if gain < -promised and waiting and -waiting[0][0] > gain:
+                    # What was chosen since then has taken some of it.
+                    heapq.heappush(waiting, (-gain, path))
+                    continue
+                if not gain:
+                    break
+                accepted[path] = alive
+                covered[len(path) - 1] |= alive
+            if len(path) < depth:
+                gains = (accepted[path][:, None] & right[:, len(path)] & ~covered[len(path)][:, None]).float().mean(0)
+                for rank, gain in enumerate(gains.tolist()):
+                    heapq.heappush(waiting, (-gain, (*path, rank)))
+        return cls.of([list(path) for path in accepted if path])
 
     @cached_property
     def paths(self) -> list[list[int]]:
@@ -65,6 +115,12 @@ class DraftTree:
     @cached_property
     def depths(self) -> list[int]:
         return [0, *map(len, self.paths)]
+
+    @cached_property
+    def heads(self) -> int:
+        """How many heads it needs."""
+        guesses = zip(self.depths[1:], self.ranks[1:], strict=True)
+        return max((depth for depth, rank in guesses if rank != COPY), default=0)
 
     @cached_property
     def ancestors(self) -> Tensor:
@@ -82,9 +138,11 @@ class DraftTree:
             ways[node, : depth + 1] = self.ancestors[node].nonzero().squeeze(1)
         return ways
 
-    def expected(self, accuracy: list[list[float]]) -> float:
-        """Tokens accepted per step, node 0 among them; `accuracy` as of `grown`."""
-        shares = [1.0]
+    def expected(self, right: Tensor) -> float:
+        """Tokens accepted per step, node 0 among them; `right` as of `grown`."""
+        alive = [torch.ones(len(right), dtype=torch.bool, device=right.device)]
+        longest = torch.zeros(len(right), device=right.device)
         for parent, path in zip(self.parents[1:], self.paths, strict=True):
-            shares.append(shares[parent] * accuracy[len(path) - 1][path[-1]])
-        return sum(shares)
+            alive.append(alive[parent] & right[:, len(path) - 1, path[-1]])
+            longest = torch.maximum(longest, alive[-1] * float(len(path)))
+        return 1 + float(longest.mean())

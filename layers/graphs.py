@@ -68,9 +68,10 @@ class Replay:
         weights = step.model.parameters(), *(() if step.heads is None else (step.heads.parameters(),))
         # A graph knows weights by their place in memory.
         places = tuple(weight.data_ptr() for weight in chain(*weights))
-        self.key = len(step.last), step.tree, step.heads is None, step.choose.settings, len(step.rows.ends), places
+        text = *step.rows.text.shape, len(step.rows.ends)
+        self.key = text, step.tree, step.heads is None, step.choose.settings, places
 
-    def __call__(self, texts: list[Tensor]) -> Tensor:
+    def __call__(self) -> Tensor:
         if self.captured is None and self.key in self.graphs:
             self.captured = self.graphs[self.key]
             if self.captured.graph is not None:
@@ -78,7 +79,7 @@ class Replay:
                 torch._foreach_copy_(self.captured.tensors, self.step.tensors())
         if self.captured is None or self.captured.graph is None:
             # Also before a capture, since kernels must have been compiled by then.
-            found = self.step(texts)
+            found = self.step()
             if self.captured is None:
                 self.graphs[self.key] = capture(self.step)
                 while len(self.graphs) > KEPT:
@@ -116,7 +117,7 @@ def capture(step) -> Captured:
     twin, graph = step.twin(), torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
-            found = twin([])
+            found = twin()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)

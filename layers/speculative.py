@@ -7,7 +7,7 @@ from transformers.utils import cached_file
 
 from .cache import LinearCacheLayer
 from .decoding import Choice, decode, unsupported
-from .draft import DraftTree
+from .draft import COPIED, DraftTree
 from .medusa import MedusaHeads
 
 HEADS_FILE = "medusa_heads.safetensors"
@@ -23,11 +23,10 @@ def attach_heads(model, heads: MedusaHeads, tree: DraftTree) -> None:
     if heads.blocks[0].in_features != size:
         raise ValueError(f"heads are of a model with {heads.blocks[0].in_features} hidden units, this one has {size}")
     slack = min(layer.config.slack for layer in model.linear_attentions().values())
-    depth = max(tree.depths)
-    if depth > min(len(heads.blocks), slack):
+    if tree.heads > len(heads.blocks) or max(tree.depths) > min(slack, COPIED):
         raise ValueError(
-            f"the tree is {depth} guesses deep, for {len(heads.blocks)} heads and a cache that keeps {slack} tokens in "
-            "reserve (slack); use a tree no deeper than both"
+            f"the tree is {max(tree.depths)} guesses deep and asks {tree.heads} heads; there are {len(heads.blocks)} "
+            f"heads, {COPIED} copied tokens, and {slack} tokens that the cache keeps in reserve (slack)"
         )
     # Not a submodule: the model's own weights stay as they are.
     model.__dict__["draft"] = heads.eval(), tree

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from linearize.layers.draft import COPIED
+
 
 @pytest.fixture
 def prompts(tmp_path):
@@ -56,7 +58,8 @@ def test_bench(linearize, finished, prompts, tiny_model):
         assert result["plain"]["tokens"] == result["speculative"]["tokens"] <= 24
         assert all(result[name]["tokens/s"] > 0 for name in ("teacher", "plain", "speculative"))
         assert set(result["speculative"]["by category"]) == {"all", "writing"}
-        assert 1 <= result["speculative"]["tokens/step"] <= 3
+        # Texts of a random model repeat themselves.
+        assert 1 <= result["speculative"]["tokens/step"] <= 1 + COPIED
     assert "speculative" in linearize(*command, "--limit", 1).stdout
 
 

@@ -87,10 +87,10 @@ def test_typical_acceptance_takes_likely_guesses():
     tree = DraftTree.of([[0], [1]])
     logits = torch.tensor([[[9.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]])
     tokens, parents = torch.tensor([[1, 0, 2]]), torch.tensor([0, 0, 0])
-    _, right = decoding.Choice([], True, typical=0.1)(logits, [], tokens, tree, parents)
+    _, right = decoding.Choice([], True, typical=0.1)(logits, None, tokens, tree, parents)
     assert right[:, 1:].tolist() == [[True, False]]
     # Where all are as likely, their share is above sqrt(epsilon) exp(-entropy) = .32 x .25.
-    _, right = decoding.Choice([], True, typical=0.1)(torch.zeros(1, 3, 4), [], tokens, tree, parents)
+    _, right = decoding.Choice([], True, typical=0.1)(torch.zeros(1, 3, 4), None, tokens, tree, parents)
     assert right[:, 1:].all()
 
 
@@ -113,7 +113,8 @@ def test_graphs_go_on_as_steps_do(name, speculate, monkeypatch):
         for x, y in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
             assert torch.equal(x.length, y.length) and x.seen == y.seen
             torch.testing.assert_close(x.state.S, y.state.S)
-    assert len(graphs._graphs[model]) == 1
+    # One without a token that ends rows, one with.
+    assert len(graphs._graphs[model]) == 2
 
 
 @ON_GPU

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import StoppingCriteria
 
 from linearize.layers.config import PRESETS, LinearAttentionConfig
-from linearize.layers.draft import DraftTree
+from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import install
 from linearize.layers.speculative import attach_heads
@@ -19,6 +19,7 @@ from linearize.layers.speculative import attach_heads
 from .families import tiny_model
 
 CHAIN = DraftTree.of([[0], [0, 0], [0, 0, 0]])
+COPYING = DraftTree.of([[0], [1], [0, COPY], *([COPY] * (i + 1) for i in range(5)), [COPY, 1]])
 BUSHY = DraftTree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 2]])
 SMALL = {
     "augmented": replace(PRESETS["augmented"], window_size=5, sinks=2, conv_taps=3, slack=6, sink_distance=9),
@@ -59,7 +60,10 @@ def both(model, inputs, **keywords):
     return plain, model.generate(**inputs, **keywords, custom_generate=model.speculate)
 
 
-@pytest.mark.parametrize("tree", [CHAIN, BUSHY, DraftTree((-1,), (0,))], ids=["chain", "bushy", "no guesses"])
+TREES = {"chain": CHAIN, "bushy": BUSHY, "copying": COPYING, "no guesses": DraftTree((-1,), (0,))}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 @pytest.mark.parametrize("name", SMALL)
 def test_greedy_texts_are_equal(name, tree):
     """Across every boundary of windows and rings, with rows that accept different lengths."""
@@ -91,7 +95,7 @@ def test_kept_heads():
 @given(data=st.data())
 def test_any_tree_and_batch(data):
     draw = data.draw
-    ranks = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=8))
+    ranks = draw(st.lists(st.lists(st.sampled_from([0, 1, 2, COPY]), min_size=1, max_size=4), max_size=8))
     paths = {tuple(path[: i + 1]) for path in ranks for i in range(len(path))}
     tree = DraftTree.of([list(path) for path in paths])
     if not paths:
@@ -219,16 +223,42 @@ def test_speculation_of_transformers(name, how):
 
 
 def test_grown_trees():
-    accuracy = [[0.6, 0.2, 0.1], [0.5, 0.3, 0.0]]
-    tree = DraftTree.grown(accuracy, 4)
+    right = torch.zeros(10, 2, RANKS + 1, dtype=torch.bool)
+    # Depth 1: the first guess at 6 of 10 places, the second at 2 others, the copied one where the first is, and at 1.
+    right[:6, 0, 0] = right[6:8, 0, 1] = right[:5, 0, COPY] = right[8, 0, COPY] = True
+    # Depth 2: at half of the former 6, and the copied one at the latter 2.
+    right[:3, 1, 0] = right[6:8, 1, COPY] = True
+    tree = DraftTree.grown(right, 4)
     assert tree.paths == [[0], [1], [0, 0]]
-    assert tree.expected(accuracy) == pytest.approx(1 + 0.6 + 0.2 + 0.3)
-    assert len(DraftTree.grown(accuracy, 99).parents) == 1 + 3 + 9
+    assert tree.expected(right) == pytest.approx(1 + 0.6 + 0.2 + 0.3)
+    assert DraftTree.grown(right, 5).paths == [[0], [1], [0, 0], [1, COPY]]
+    # What adds nothing is left out.
+    whole = DraftTree.grown(right, 99)
+    assert whole.paths == [[0], [1], [COPY], [0, 0], [1, COPY]] and whole.heads == 2
+    assert whole.expected(right) == pytest.approx(1 + 0.9 + 0.5)
     assert tree.ancestors.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
     assert tree.ways.tolist() == [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
 
 
-@pytest.mark.parametrize("paths", [[[0], [0]], [[0, 1]], [[]], [[-1]]])
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(0, 5))
+def test_copies(tokens, room):
+    """What followed the latest place where the longest run stood, said over and over."""
+    text = torch.tensor([tokens + [7] * room])
+    found = copies(text, torch.tensor([len(tokens)]))[0].tolist()
+    best = None
+    for place in range(len(tokens) - 1):
+        run = 0
+        while run < 4 and run <= place and tokens[place - run] == tokens[-1 - run]:
+            run += 1
+        if run and (best is None or run >= best[0]):
+            best = run, place
+    if best is not None:
+        after = tokens[best[1] + 1 :]
+        assert found == [after[i % len(after)] for i in range(COPIED)]
+
+
+@pytest.mark.parametrize("paths", [[[0], [0]], [[0, 1]], [[]], [[-1]], [[COPY + 1]]])
 def test_paths_that_are_no_tree(paths):
     with pytest.raises(ValueError, match="tree: "):
         DraftTree.of(paths)
@@ -244,7 +274,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="typical_acceptance=2 is no share"):
         model.generate(**inputs, do_sample=True, custom_generate=model.speculate, typical_acceptance=2)
     deep = DraftTree.of([[0] * (i + 1) for i in range(7)])
-    with pytest.raises(ValueError, match="7 guesses deep, for 3 heads and a cache that keeps 6 tokens"):
+    with pytest.raises(ValueError, match="7 guesses deep and asks 7 heads; there are 3 heads, 10 copied tokens, and 6"):
         attach_heads(model, model.__dict__["draft"][0], deep)
     other = MedusaHeads(torch.nn.Linear(8, 99), 1, "shared")
     with pytest.raises(ValueError, match="of a model with 8 hidden units, this one has 32"):
