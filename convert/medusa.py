@@ -24,8 +24,11 @@ from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import MedusaSection
 
-# Tokens of the data that a text of the model's own begins with, and texts that it writes at once.
+# Tokens of the data that a text of the model's own begins with.
 PROMPT = 32
+# Tokens of such a text at most: in longer ones small models say the same without end, which any tree guesses.
+LONGEST = 192
+# Texts that it writes at once.
 ROWS = 256
 # Sizes of trees that are tried, and how often.
 SIZES = (1, 4, 8, 16, 32, 64)
@@ -154,7 +157,7 @@ def own_prompts(context: Context, sources: Sequence[Documents], field: str, toke
     Raises:
         StageError: naming the recipe's `field`, when no document is long enough.
     """
-    length = context.recipe.medusa.length
+    length = min(context.recipe.medusa.length, LONGEST)
     pieces = [
         document[start : start + PROMPT]
         for document in read_evenly([iter(source) for source in sources], tokens)
@@ -176,7 +179,7 @@ def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: st
     Args:
         name: of their directory in the stage's.
     """
-    directory, length = context.stage_directory("medusa") / name, context.recipe.medusa.length
+    directory, length = context.stage_directory("medusa") / name, min(context.recipe.medusa.length, LONGEST)
     directory.mkdir(parents=True, exist_ok=True)
     texts = []
     with TokenProgress(context.console, len(prompts), length) as bar:
