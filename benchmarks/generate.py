@@ -200,11 +200,11 @@ def plot(results: dict, batches: list[int], path: Path) -> None:
         milliseconds = [x["ms"] for x in found["prefill"].values()]
         axes[0].loglog(list(found["prefill"]), milliseconds, style, marker=".", label=name)
         for batch in batches:
-            points = found["decode"][batch]
+            points = found.get("decode by CUDA graph", found["decode"])[batch]
             milliseconds = [batch / rate * 1e3 for rate in points.values()]
             axes[1].loglog(list(points), milliseconds, style, marker=".", label=f"{name}, batch {batch}")
     axes[0].set(title="prefill", xlabel="tokens", ylabel="ms")
-    axes[1].set(title="decoding", xlabel="tokens in the cache", ylabel="ms per step")
+    axes[1].set(title="decoding, linear models by CUDA graph", xlabel="tokens in the cache", ylabel="ms per step")
     for axis in axes:
         axis.legend(fontsize=7)
     figure.tight_layout()
