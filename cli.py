@@ -265,6 +265,10 @@ def bench(
     teacher: Annotated[
         Path | None, typer.Option(help="The softmax model's directory, to be decoded beside by transformers.")
     ] = None,
+    tree: Annotated[
+        Path | None,
+        typer.Option(help="JSON list of paths of ranks, 10 for a copy, instead of the model's own tree.", exists=True),
+    ] = None,
     json: Json = False,
 ):
     """Measure how fast a model generates, greedily, and with its Medusa heads: is the text the same?"""
@@ -275,7 +279,11 @@ def bench(
         raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
     loaded, tokenizer = _load(path, dtype)
     softmax = None if teacher is None else _load(_model_directory(teacher), dtype)[0]
-    from linearize.convert.bench import compare, read_prompts, table
+    from linearize.convert.bench import compare, draft_with, read_prompts, table
+
+    if tree is not None:
+        _check_heads(path)
+        draft_with(loaded, tree)
 
     asked, results = read_prompts(prompts, tokenizer, limit), {}
     for size in batch or [1]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from linearize.convert.context import StageError
 from linearize.convert.progress import TokenProgress
+from linearize.convert.sources import first_line
+from linearize.layers.speculative import load_heads
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ def encode(tokenizer, messages: list[dict]) -> Tensor:
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"][0]
+
+
+def draft_with(model, path: Path) -> None:
+    """Let an exported model draft the tree of a JSON file, its paths (see `DraftTree.of`).
+
+    Raises:
+        StageError: the file holds none, or one that the model cannot draft.
+    """
+    try:
+        model.config.medusa["tree"] = json.loads(path.read_text("utf-8"))
+        load_heads(model)
+    except (ValueError, TypeError) as error:
+        raise StageError(f"{path}: {first_line(error)}") from None
 
 
 @dataclass

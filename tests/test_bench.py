@@ -63,6 +63,25 @@ def test_bench(linearize, finished, prompts, tiny_model):
     assert "speculative" in linearize(*command, "--limit", 1).stdout
 
 
+def test_bench_of_another_tree(linearize, finished, prompts, tmp_path):
+    run, *_ = finished
+    tree = tmp_path / "tree.json"
+    command = "bench", run, "--prompts", prompts, "--max-new-tokens", 20, "--batch", 3, "--tree", tree, "--json"
+    tree.write_text(json.dumps([[0], [1], [0, 0], [10], [10, 10], [10, 10, 10]]))
+    found = json.loads(linearize(*command).stdout)
+    assert found["model"]["tree"] == json.loads(tree.read_text())
+    assert found["results"]["3"]["same text"] == 3
+    for text, message in (
+        ("[[0], [0, 0], [0, 0, 0]]", "the tree is 3 guesses deep and asks 3 heads; there are 2 heads"),
+        ("[[0, 0]]", "[0] before it is missing"),
+        ("[0]", "tree.json: "),
+        ("none", "tree.json: "),
+    ):
+        tree.write_text(text)
+        result = linearize(*command)
+        assert result.code == 2 and message in result.stderr
+
+
 def test_prompts_that_are_none(linearize, finished, tiny_model, tmp_path):
     run, *_ = finished
     path = tmp_path / "prompts.jsonl"
