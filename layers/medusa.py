@@ -24,7 +24,8 @@ class MedusaHeads(nn.Module):
             nn.init.zeros_(block.bias)
         self.projections = None
         if projection == "own":
-            self.projections = nn.ModuleList(deepcopy(output).float() for _ in range(heads))
+            # The model that it is copied from may be frozen.
+            self.projections = nn.ModuleList(deepcopy(output).float().requires_grad_(True) for _ in range(heads))
 
     def forward(self, hidden: Tensor, output: nn.Linear) -> list[Tensor]:
         """[B, T, hidden] -> k logits [B, T, V].

@@ -222,6 +222,13 @@ def test_speculation_of_transformers(name, how):
     assert torch.equal(plain, model.generate(**inputs, **keywords, **speculation))
 
 
+@pytest.mark.parametrize("projection, parameters", [("shared", 2 * 72), ("own", 2 * (72 + 88))])
+def test_heads_of_a_frozen_model_can_be_trained(projection, parameters):
+    output = torch.nn.Linear(8, 11, bias=False).requires_grad_(False)
+    heads = MedusaHeads(output, 2, projection)
+    assert sum(x.numel() for x in heads.parameters() if x.requires_grad) == parameters
+
+
 def test_grown_trees():
     right = torch.zeros(10, 2, RANKS + 1, dtype=torch.bool)
     # Depth 1: the first guess at 6 of 10 places, the second at 2 others, the copied one where the first is, and at 1.
