@@ -208,8 +208,9 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
         output = model.get_output_embeddings()
         if not isinstance(output, torch.nn.Linear):
             raise ValueError(f"medusa: heads need a linear output projection, not {type(output).__name__}")
+        train_only(model, lambda name: False)
         heads = MedusaHeads(output, recipe.medusa.heads, recipe.medusa.projection)
-        add("medusa", recipe.medusa, heads)
+        add("medusa", recipe.medusa, torch.nn.ModuleList([model, heads]))
     return stages
 
 
