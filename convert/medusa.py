@@ -90,7 +90,11 @@ class WeightedHeads:
 @torch.no_grad()
 def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> Tensor:
     """[N, depths, RANKS + 1] bool, of N places of texts: whether the token so many places ahead is a head's guess of
-    that rank, or what is copied (see `DraftTree.grown`)."""
+    that rank, or what is copied (see `DraftTree.grown`).
+
+    Raises:
+        StageError: there is no such place.
+    """
     found = []
     for sequence in sequences:
         batch = {name: value[None].to(device) for name, value in sequence.items()}
@@ -110,6 +114,8 @@ def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device
             texts = ids.expand(places, -1)
             right[:, :, COPY] = copies(texts, torch.arange(places, device=device) + 2) == ahead
             found.append(right[ahead[:, 0] != -100].cpu())
+    if not any(map(len, found)):
+        raise StageError("medusa: no held-out text has a token that heads could guess; use more (evaluate.tokens)")
     return torch.cat(found)
 
 

@@ -261,16 +261,17 @@ class LinearCacheLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
+    def _past(self) -> list[Tensor]:
+        state = [] if self.state is None else [self.state.S, self.state.z]
+        return [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values(), *state]
+
     def tensors(self) -> list[Tensor]:
         """All but what is held of kept heads, rows first."""
-        state = [] if self.state is None else [self.state.S, self.state.z]
-        past = [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values(), *state]
-        return [*past, self.length, self.count, self.segment]
+        return [*self._past(), self.length, self.count, self.segment]
 
     @property
     def nbytes(self) -> int:
-        places = self.length, self.count, self.segment
-        return sum(x.nbytes for x in self.tensors()) - sum(x.nbytes for x in places) + self.memory.nbytes
+        return sum(x.nbytes for x in self._past()) + self.memory.nbytes
 
 
 class LinearCache(Cache):

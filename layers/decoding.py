@@ -174,7 +174,7 @@ class Step:
         """[B, T - 1] tokens of the nodes but node 0."""
         output, found = self.model.get_output_embeddings(), []
         if self.tree.heads:
-            logits = self.heads(self.hidden[:, None], output)[: self.tree.heads]
+            logits = self.heads(self.hidden[:, None], output, self.tree.heads)
             found.append(torch.cat(logits, dim=1).topk(self.width).indices.flatten(1))
         if COPY in self.tree.ranks:
             found.append(copies(self.rows.text, self.rows.count))

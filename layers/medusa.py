@@ -27,14 +27,15 @@ class MedusaHeads(nn.Module):
             # The model that it is copied from may be frozen.
             self.projections = nn.ModuleList(deepcopy(output).float().requires_grad_(True) for _ in range(heads))
 
-    def forward(self, hidden: Tensor, output: nn.Linear) -> list[Tensor]:
-        """[B, T, hidden] -> k logits [B, T, V].
+    def forward(self, hidden: Tensor, output: nn.Linear, heads: int | None = None) -> list[Tensor]:
+        """[B, T, hidden] -> logits [B, T, V] of each head.
 
         Args:
             output: the model's output projection.
+            heads: the first so many alone; None: all.
         """
         logits = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[:heads]):
             x = hidden.to(block.weight.dtype)
             x = x + nn.functional.silu(block(x))
             projection = output if self.projections is None else self.projections[i]

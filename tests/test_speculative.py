@@ -116,7 +116,7 @@ def test_guesses_are_accepted():
     class Knowing(torch.nn.Module):
         blocks = model.__dict__["draft"][0].blocks
 
-        def forward(self, hidden, output):
+        def forward(self, hidden, output, heads):
             at = inputs["input_ids"].shape[1] + sum(calls)
             calls.append(4)
             ahead = text[:, at + 1 : at + 4]
