@@ -147,28 +147,33 @@ class LinearAttention(nn.Module):
         tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
         if ancestors is not None:
             tokens = Tokens(tokens.document, tokens.position[:, :1] + ancestors.sum(-1) - 1)
-        keys, values = k, v
-        if cache is not None:
-            keys, values, tokens = cache.memory.recall(k, v, tokens)
-        alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
+        position, memory = tokens.position, None if cache is None else cache.memory
+        in_place = memory is not None and memory.reserved and segments is None
+        in_place = in_place and (ancestors is not None or k.shape[2] == 1)
+        if in_place:
+            key_position, visible = memory.write(k, v, position, ancestors)
+            keys, values = memory.k, memory.v
+        else:
+            keys, values, tokens = (k, v, tokens) if memory is None else memory.recall(k, v, tokens)
+            key_position = tokens.position
+            alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
+            visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
         window = self.config.kept_window
         slides, forgets = (size is not None and keys.shape[2] > size for size in (sliding_window, window))
-        visible = None
-        if not alone or slides or forgets:
-            visible = visible_keys(tokens, q.shape[2], ancestors)
-        is_sink = tokens.position < self.config.sinks
+        is_sink = key_position < self.config.sinks
         if slides or forgets:
-            distance = tokens.position[:, -q.shape[2] :, None] - tokens.position[:, None, :]
+            distance = position[:, :, None] - key_position[:, None, :]
+            visible = distance >= 0 if visible is None else visible
         if slides:
             visible = visible & (distance < sliding_window)
         if forgets:
             visible = visible & ((distance < window) | is_sink[:, None, :])
-        if ancestors is not None:
-            cache.memory.draft = (k, v)
-        elif cache is not None:
-            cache.memory.keep(keys, values, tokens)
+        if ancestors is not None and not in_place:
+            memory.draft = (k, v)
+        elif memory is not None and not in_place:
+            memory.keep(keys, values, tokens)
             if segments is not None:
-                cache.memory.compact()
+                memory.compact()
         if window is not None and sink_q is not None:
             # [q, sink_q].[k, 0] = q.k, and of a sink [q, sink_q].[0, k] = sink_q.k.
             q = torch.cat([q, sink_q], dim=-1)
@@ -182,6 +187,12 @@ class LinearAttention(nn.Module):
         continues = cache is not None and cache.seen and segments is None
         steps = continues and k.shape[2] == 1 and ancestors is None
         tree = continues and ancestors is not None
+        if not self.heads and cache is not None and cache.memory.reserved:
+            if tree:
+                cache.draft = Draft(keys, self.far_keys)
+            else:
+                cache.advance(1, 1)
+            return q
         fused_step = triton_kernels.step
         fused = fused_step is not None and v.is_cuda and self.backend in ("auto", "triton")
         if fused and (steps or tree) and not fused_step.refuses(self, cache, k.shape[2]):

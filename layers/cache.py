@@ -177,6 +177,13 @@ class LinearCacheLayer(CacheLayerMixin):
         self.segment = torch.ones_like(self.segment)
         self.seen += 1
 
+    def advance(self, added: Tensor | int, columns: int) -> None:
+        """`added` [B] tokens in so many columns came, of which only `memory` holds anything; in place, for graphs."""
+        self.length += added
+        self.count.add_(added).clamp_(max=self.config.ring_size)
+        self.segment.fill_(1)
+        self.seen += columns
+
     def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:
         """Those of `part` of the keys that leave [B, part] enter the state."""
         self.state = fold(
@@ -196,6 +203,9 @@ class LinearCacheLayer(CacheLayerMixin):
         """
         draft, self.draft = self.draft, None
         self.memory.accept(path, self.length)
+        if self.memory.reserved and not self.ring["v"].shape[1]:
+            self.advance((path >= 0).sum(1), path.shape[1])
+            return
         if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path):
             triton_kernels.step.accept(self, draft.keys, draft.far, path)
             return
@@ -266,8 +276,8 @@ class LinearCacheLayer(CacheLayerMixin):
         return [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values(), *state]
 
     def tensors(self) -> list[Tensor]:
-        """All but what is held of kept heads, rows first."""
-        return [*self._past(), self.length, self.count, self.segment]
+        """Rows first."""
+        return [*self._past(), *self.memory.tensors(), self.length, self.count, self.segment]
 
     @property
     def nbytes(self) -> int:

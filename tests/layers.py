@@ -132,8 +132,10 @@ def memory_of(cache):
     memory = cache.memory
     if memory.k is None:
         return ()
-    held = memory.position[0] != PADDING
-    return memory.position[:, held], memory.k[:, :, held], memory.v[:, :, held]
+    # Slots may be in any order.
+    order = memory.position[0].argsort()
+    order = order[memory.position[0, order] != PADDING]
+    return memory.position[:, order], memory.k[:, :, order], memory.v[:, :, order]
 
 
 def ancestors_of(parents):

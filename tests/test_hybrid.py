@@ -1,11 +1,13 @@
 """Hybrids: heads that stay softmax beside linear ones, in the layer, in its cache, and in whole models."""
 
 import json
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from linearize.hub.export import export_model
@@ -203,6 +205,68 @@ def test_a_tree_behind_nothing_leaves_other_sequences_where_they_are():
     fork = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
     run(layer, x, cache=LinearCacheLayer(CONFIG), ancestors=fork)
     assert torch.equal(run(layer, x), expected)
+
+
+class NothingIsWaitedFor(TorchDispatchMode):
+    """No operation whose result's shape depends on numbers, and none that hands numbers to Python."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("nonzero", "masked_select", "_local_scalar_dense"), name
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert not by_mask, "indexed by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+FORK = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("config", [CONFIG, *FORGETFUL_CONFIGS], ids=["all tokens", "capped sinks", "sinks in place"])
+@pytest.mark.parametrize("kept", [(1,), (0, 1)])
+@pytest.mark.parametrize("prompt", [1, 4, 30])
+def test_steps_and_trees_in_reserved_slots(prompt, kept, config):
+    """What they are in memory that grows, in place, with rows of different lengths; afterwards too."""
+    layer = make_layer(config, kept=kept)
+    segments = torch.ones(2, prompt, dtype=torch.long)
+    segments[1, : prompt // 2] = 0
+    x = Sequence.random(2, 120, seed=2)
+    grows, placed = LinearCacheLayer(config), LinearCacheLayer(config)
+    for cache in (grows, placed):
+        run(layer, replace(x[:prompt], segments=segments), cache=cache)
+    placed.memory.reserve(80 if config.kept_tokens is None else config.kept_tokens + len(FORK))
+
+    def in_place():
+        # Linear heads are captured in kernels of their own, not as these of torch.
+        return (placed.tensors if kept == (0, 1) else placed.memory.tensors)()
+
+    places, at = [y.data_ptr() for y in in_place()], prompt
+    for path in [None] * 3 + [[[0, 2, 3], [0, -1, -1]], None, [[-1] * 3, [0, 1, -1]]] + [None] * 9 + [[[0, 2, 3]] * 2]:
+        ancestors, new = (None, x[at : at + 1]) if path is None else (FORK, x[at : at + len(FORK)])
+        expected = run(layer, new, cache=grows, ancestors=ancestors)
+        if path is not None:
+            path = torch.tensor(path)
+            grows.accept(path)
+        with NothingIsWaitedFor() if kept == (0, 1) else nullcontext():
+            out = run(layer, new, cache=placed, ancestors=ancestors)
+            if path is not None:
+                placed.accept(path)
+        assert error(out, expected) < 1e-12
+        at += new.shape[1]
+    assert placed.memory.reserved and [y.data_ptr() for y in in_place()] == places
+    bigger = deepcopy(placed)
+    bigger.memory.release()
+    # A row's token is in the slot that its position says, so rows of different lengths share more of them.
+    assert bigger.nbytes <= grows.nbytes
+    bigger.memory.reserve(200)
+    for cache in (placed, bigger):
+        for remove in (0, 4):
+            ours, theirs = deepcopy(cache), deepcopy(grows)
+            for each in (ours, theirs):
+                each.crop(-remove)
+            outs = [run_split(layer, x[at:], [2, 3, 6], each) for each in (ours, theirs)]
+            assert error(*outs) < 1e-12
+            for row in (0, 1):
+                assert_same_memory(row_of(ours, row), row_of(theirs, row))
 
 
 # Whole models: grouped heads, as many key heads as query heads and no rotary embedding, norms of q and k.
