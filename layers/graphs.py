@@ -2,9 +2,11 @@
 
 A step launches some thousand small kernels, which takes Python longer than it takes the GPU to run them. A graph goes
 on with the memory that it was captured with: the step here has a cache of its own, into which that of a prompt is
-copied and out of which it is copied in the end.
+copied and out of which it is copied in the end. Where heads are kept softmax, a graph has slots for the tokens that
+they remember, and another one, with twice as many, takes over before these are full.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +20,8 @@ from .kernels import triton_kernels
 
 # Graphs that a model keeps; each has the activations of a step, and a cache.
 KEPT = 4
+# The fewest slots for tokens of kept heads; a power of 2.
+SLOTS = 1024
 
 
 def replayed(step):
@@ -40,8 +44,8 @@ def refuses(step) -> str | None:
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, LinearCacheLayer):
             return f"{type(layer).__name__} may move its memory"
-        if linear[index].kept:
-            return "the memory of kept heads grows"
+        if not linear[index].heads:
+            continue
         if linear[index].backend not in ("auto", "triton"):
             return "another backend is asked for"
         if reason := fused_step.refuses(linear[index], layer, nodes):
@@ -60,22 +64,28 @@ def refuses(step) -> str | None:
 
 
 class Replay:
-    """In the place of `step`: its first call captures it, unless that was done for an earlier text."""
+    """In the place of `step`: its first call captures it, unless that was done for an earlier text.
+
+    Attributes:
+        fixed, key: what a graph depends on, without and with the shapes of the step's tensors.
+        room: calls until slots of kept heads may be full.
+    """
 
     def __init__(self, step):
-        self.step, self.captured, self.replays = step, None, 0
+        self.step, self.captured, self.replays, self.room = step, None, 0, 0
         self.graphs = _graphs.setdefault(step.model, {})
         weights = step.model.parameters(), *(() if step.heads is None else (step.heads.parameters(),))
         # A graph knows weights by their place in memory.
         places = tuple(weight.data_ptr() for weight in chain(*weights))
-        text = *step.rows.text.shape, len(step.rows.ends)
-        self.key = text, step.tree, step.heads is None, step.choose.settings, places
+        self.fixed = step.tree, step.heads is None, step.choose.settings, places
 
     def __call__(self) -> Tensor:
+        if not self.room:
+            self.make_room()
+        self.room -= 1
         if self.captured is None and self.key in self.graphs:
             self.captured = self.graphs[self.key]
             if self.captured.graph is not None:
-                remember(self.step)
                 torch._foreach_copy_(self.captured.tensors, self.step.tensors())
         if self.captured is None or self.captured.graph is None:
             # Also before a capture, since kernels must have been compiled by then.
@@ -89,12 +99,20 @@ class Replay:
         self.replays += 1
         return self.captured.found
 
+    def make_room(self) -> None:
+        """Before the first call, and when slots may be full: on to tensors that have more, and to their graph."""
+        self.finish()
+        self.captured, self.room = None, remember(self.step)
+        self.key = self.fixed, tuple(x.shape for x in self.step.tensors())
+
     def finish(self) -> None:
         """Bring the step's own cache to where the graph has come."""
         if self.replays:
             torch._foreach_copy_(self.step.tensors(), self.captured.tensors)
         for layer in self.step.cache.layers:
             layer.seen += self.replays * self.step.ways.shape[1]
+            layer.memory.release()
+        self.replays = 0
 
 
 @dataclass
@@ -125,8 +143,22 @@ def capture(step) -> Captured:
     return Captured(graph, twin.tensors(), twin.constants, found)
 
 
-def remember(step) -> None:
-    """Make ready for steps what a prompt has left, so that its cache has the tensors that a captured one has."""
+def remember(step) -> float:
+    """Make ready for steps what a prompt has left, so that its cache has the tensors that a captured one has.
+
+    Returns how many steps there is room for: where kept heads remember all tokens, their slots may be full then.
+    """
+    # The length is waited for, but the tokens that were chosen before have been, too.
+    nodes, most, longest = len(step.tree.parents), step.ways.shape[1], int(step.cache.length.max())
+    # Twice as many each time, so that a long text takes few captures.
+    slots, room = max(SLOTS, 1 << (longest + nodes - 1).bit_length()), math.inf
     for index, linear in step.model.linear_attentions().items():
-        if step.cache.layers[index].far is None:
-            triton_kernels.step.remember(linear, step.cache.layers[index])
+        layer, limit = step.cache.layers[index], linear.config.kept_tokens
+        if linear.heads and layer.far is None:
+            triton_kernels.step.remember(linear, layer)
+        if linear.kept:
+            layer.memory.reserve(slots if limit is None else limit + nodes)
+            if limit is None:
+                # A step adds `most` tokens at most, and needs a slot for each node.
+                room = (slots - longest - nodes) // most + 1
+    return room

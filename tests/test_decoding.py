@@ -1,5 +1,8 @@
 """The decoding loop without guesses does what transformers' own loop does."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
@@ -16,7 +19,8 @@ from linearize.layers.config import PRESETS
 from linearize.layers.draft import DraftTree
 from linearize.layers.seam import LinearizedMixin
 
-from .test_speculative import SMALL, make, prompts
+from .layers import assert_same_memory, memory_of, row_of
+from .test_speculative import BUSHY, SMALL, make, prompts
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -92,6 +96,97 @@ def test_typical_acceptance_takes_likely_guesses():
     # Where all are as likely, their share is above sqrt(epsilon) exp(-entropy) = .32 x .25.
     _, right = decoding.Choice([], True, typical=0.1)(torch.zeros(1, 3, 4), None, tokens, tree, parents)
     assert right[:, 1:].all()
+
+
+def stand_in(step):
+    """For `graphs.capture` where there is no GPU: a step on memory of its own, run by Python."""
+    twin = step.twin()
+    tensors = [x.clone() for x in twin.tensors()]
+    captured = graphs.Captured(SimpleNamespace(), tensors, twin.constants, None)
+
+    def replay():
+        torch._foreach_copy_(twin.tensors(), tensors)
+        memories = [x for layer in twin.cache.layers for x in layer.memory.tensors()]
+        captured.found = twin()
+        after = [x for layer in twin.cache.layers for x in layer.memory.tensors()]
+        assert all(x is y for x, y in zip(memories, after, strict=True)), "kept heads' memory has moved"
+        torch._foreach_copy_(tensors, twin.tensors())
+
+    captured.graph.replay = replay
+    return captured
+
+
+HYBRID = {0: (1,), 1: (0, 1)}
+
+
+@pytest.mark.parametrize("speculate", [False, True], ids=["plain", "tree"])
+@pytest.mark.parametrize("kept_window", [None, 7], ids=["all tokens", "window"])
+def test_kept_heads_go_on_in_slots(kept_window, speculate, monkeypatch):
+    """Several texts from the same graphs, which follow each other as slots fill; then by steps from what they leave."""
+    config = replace(SMALL["augmented"], kept_window=kept_window)
+    model = make(config, kept=HYBRID)
+    use_ours(monkeypatch)
+    how = {"custom_generate": model.speculate} if speculate else {}
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    nodes, captures = len(BUSHY.parents) if speculate else 1, []
+
+    def capture(step):
+        captures.append(step.cache.layers[1].memory.k.shape[2])
+        return stand_in(step)
+
+    for seed, length, new_tokens in ((0, 11, 70), (1, 20, 9), (2, 35, 40)):
+        inputs = prompts(3, length, seed)
+        steps = model.generate(**inputs, max_new_tokens=new_tokens, **settings, **how)
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "SLOTS", 16)
+            patch.setattr(graphs, "refuses", lambda step: None)
+            patch.setattr(graphs, "capture", capture)
+            # Linear heads are done by torch here.
+            patch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+            found = model.generate(**inputs, max_new_tokens=new_tokens, **settings, **how)
+        assert torch.equal(found.sequences, steps.sequences)
+        for ours, theirs in zip(found.past_key_values.layers, steps.past_key_values.layers, strict=True):
+            assert ours.seen == theirs.seen
+            # In a ring, rows of different lengths have forgotten different slots.
+            assert ours.memory.k.shape[2] <= theirs.memory.k.shape[2] + (0 if kept_window is None else nodes)
+            for row in range(3):
+                assert_same_memory(row_of(ours, row), row_of(theirs, row))
+        more = prompts(3, 9, seed + 9)["input_ids"]
+        cut = [x.past_key_values for x in (found, steps)]
+        for cache in cut:
+            cache.crop(-4)
+        positions = cut[0].length[:, None] + torch.arange(9)
+        ours, theirs = (model(more, position_ids=positions, past_key_values=cache).logits for cache in cut)
+        torch.testing.assert_close(ours, theirs)
+    if kept_window is None:
+        # The first prompt and a tree of 9 nodes need more than 16.
+        assert captures == ([32, 64, 128] if speculate else [16, 32, 64, 128])
+    else:
+        assert captures == [config.kept_tokens + nodes]
+
+
+@ON_GPU
+@pytest.mark.parametrize("speculate", [False, True], ids=["plain", "tree"])
+@pytest.mark.parametrize("kept_window", [None, 20], ids=["all tokens", "window"])
+def test_graphs_of_kept_heads(kept_window, speculate, monkeypatch):
+    monkeypatch.setattr(graphs, "SLOTS", 64)
+    model = make(replace(PRESETS["augmented"], kept_window=kept_window), kept=HYBRID).float().cuda()
+    how = {"custom_generate": model.speculate} if speculate else {}
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, **how}
+    for seed, length, new_tokens in ((0, 11, 200), (1, 150, 30)):
+        inputs = {name: x.cuda() for name, x in prompts(3, length, seed).items()}
+        captured = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "refuses", lambda step: "not now")
+            steps = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
+        assert torch.equal(captured.sequences, steps.sequences)
+        for ours, theirs in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
+            assert torch.equal(ours.length, theirs.length) and ours.seen == theirs.seen
+            for row in range(3):
+                for x, y in zip(memory_of(row_of(ours, row)), memory_of(row_of(theirs, row)), strict=True):
+                    torch.testing.assert_close(x, y)
+    found = graphs._graphs[model].values()
+    assert len(found) == (3 if kept_window is None else 1) and all(each.graph is not None for each in found)
 
 
 @ON_GPU
