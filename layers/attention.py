@@ -125,11 +125,17 @@ class LinearAttention(nn.Module):
             return self._linear(q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors)
         kv_heads = k.shape[1]
         linear = [head for head in range(kv_heads) if head not in self.kept]
+        # The cache copies what it gets then: views will do.
+        in_place = cache is not None and cache.memory.reserved
 
         def of(chosen, x):  # of x [B, H or H_kv, ..] the heads that belong to the chosen key heads
             if x is None:
                 return None
             groups = x.chunk(kv_heads, dim=1)
+            first, last = min(chosen, default=0), max(chosen, default=-1)
+            if in_place and [*chosen] == [*range(first, last + 1)]:
+                size = groups[0].shape[1]
+                return x[:, first * size : (last + 1) * size]
             return torch.cat([groups[head] for head in chosen] or [x[:, :0]], dim=1)
 
         rest = (scale, segments, cache, ancestors)
@@ -160,7 +166,7 @@ class LinearAttention(nn.Module):
             visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
         window = self.config.kept_window
         slides, forgets = (size is not None and keys.shape[2] > size for size in (sliding_window, window))
-        is_sink = key_position < self.config.sinks
+        is_sink = None if window is None else key_position < self.config.sinks
         if slides or forgets:
             distance = position[:, :, None] - key_position[:, None, :]
             visible = distance >= 0 if visible is None else visible

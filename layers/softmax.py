@@ -114,13 +114,15 @@ class SoftmaxMemory:
         """
         batch, nodes = position.shape
         # Node i is where the token i places on would be, so that each has a slot.
-        slot = self._slot(position[:, :1] + torch.arange(nodes, device=position.device), self.k.shape[2])
+        place = position if ancestors is None else position[:, :1] + torch.arange(nodes, device=position.device)
+        slot = self._slot(place, self.k.shape[2])
         self.k.scatter_(2, _index(slot, k), k)
         self.v.scatter_(2, _index(slot, v), v)
         if ancestors is None:
             self.position.scatter_(1, slot, position)
             return self.position, (self.position != PADDING)[:, None]
-        self.position.scatter_(1, slot, PADDING)
+        # What a ring had in these slots is further back than anything that is looked at, or cropped to, later on, so
+        # their positions may stay.
         held = (self.position != PADDING)[:, None].expand(-1, nodes, -1)
         visible = held.scatter(2, slot[:, None].expand(-1, nodes, -1), ancestors.expand(batch, -1, -1))
         return self.position.scatter(1, slot, position), visible
