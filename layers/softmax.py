@@ -38,7 +38,7 @@ class SoftmaxMemory:
         limit: tokens of a document that are remembered, sinks and the latest; None: all of it.
 
     Attributes:
-        k, v: [B, n, T, D], [B, n, T, D_v], in the order in which tokens came; None before the first.
+        k, v: [B, n, T, D], [B, n, T, D_v], of tokens in any order; None before the first.
         position: [B, T], index within the document; `PADDING` where the slot holds no token of the row's document.
         reserved: whether there are slots for tokens to come (`reserve`). Then steps and trees are written in place,
             each token where its position says; shapes and addresses stay what they are, as a CUDA graph needs them.
