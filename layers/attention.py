@@ -190,7 +190,8 @@ class LinearAttention(nn.Module):
     def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
-        continues = cache is not None and cache.seen and segments is None
+        # Steps may begin with nothing, in a cache that is ready for them.
+        continues = cache is not None and (cache.seen or cache.far is not None) and segments is None
         steps = continues and k.shape[2] == 1 and ancestors is None
         tree = continues and ancestors is not None
         if not self.heads and cache is not None and cache.memory.reserved:

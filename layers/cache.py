@@ -7,6 +7,7 @@ draft trees, and `crop` moves a cursor.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -206,7 +207,7 @@ class LinearCacheLayer(CacheLayerMixin):
         if self.memory.reserved and not self.ring["v"].shape[1]:
             self.advance((path >= 0).sum(1), path.shape[1])
             return
-        if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path):
+        if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path.shape[1]):
             triton_kernels.step.accept(self, draft.keys, draft.far, path)
             return
         keys, past = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()})
@@ -307,6 +308,14 @@ class LinearCache(Cache):
     def length(self) -> Tensor:
         """[B], tokens of each row's current document."""
         return next(layer for layer in self.layers if isinstance(layer, LinearCacheLayer)).length
+
+    def start_like(self, other: "LinearCache") -> None:
+        """Begin anew, ready for steps, with memory of the sizes that another cache has; all its layers are linear."""
+        self.layers = deepcopy(other.layers)
+        torch._foreach_zero_([x for layer in self.layers for x in layer.tensors()])
+        for layer in self.layers:
+            layer.memory.crop(layer.length)
+            layer.seen = 0
 
     @contextmanager
     def verifying(self, ancestors: Tensor) -> Iterator[None]:

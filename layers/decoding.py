@@ -5,7 +5,6 @@ the token so chosen: what comes out does not depend on whether, or what, is gues
 accepted tokens enter it afterwards. On a GPU a step is replayed as a CUDA graph (`graphs`).
 """
 
-import inspect
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -23,8 +22,9 @@ from transformers.generation import (
 
 from .cache import LinearCache
 from .draft import COPY, DraftTree, copies
-from .graphs import replayed
+from .graphs import places, replayed
 from .medusa import MedusaHeads
+from .reading import forward, read
 
 # Processors that look at nothing but the scores.
 CONTEXT_FREE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
@@ -145,7 +145,6 @@ class Step:
 
     Attributes:
         last: [B], each row's latest token, not in the cache yet; hidden: [B, C], what heads guess from.
-        constants: of the tree, on the device.
     """
 
     def __init__(
@@ -158,17 +157,39 @@ class Step:
         tree = self.tree
         # Of each node, its place among the candidates of all heads, followed by what is copied.
         self.width = max((rank for rank in tree.ranks if rank != COPY), default=0) + 1
-        places = [
+        order = [
             tree.heads * self.width + depth - 1 if rank == COPY else (depth - 1) * self.width + rank
             for depth, rank in zip(tree.depths, tree.ranks, strict=True)
         ][1:]
-        self.constants = [
+        self.depths, self.ways, self.places, self.parents = (
             torch.as_tensor(x, dtype=torch.long, device=last.device)
-            for x in (tree.depths, tree.ways, places, (0, *tree.parents[1:]))
-        ]
-        self.depths, self.ways, self.places, self.parents = self.constants
+            for x in (tree.depths, tree.ways, order, (0, *tree.parents[1:]))
+        )
         self.ancestors = tree.ancestors.to(last.device)
-        self.constants.append(self.ancestors)
+
+    @property
+    def device(self) -> torch.device:
+        return self.last.device
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it waits for the text so far."""
+        return self.choose.reads_text or bool(self.rows.others)
+
+    @property
+    def settings(self) -> tuple:
+        """What a captured step is fixed to, beside the model and the shapes of its tensors."""
+        return self.tree, None if self.heads is None else places(self.heads), *self.choose.settings
+
+    @property
+    def nodes(self) -> int:
+        """How many tokens go through the model."""
+        return len(self.tree.parents)
+
+    @property
+    def reach(self) -> int:
+        """How many of these enter the cache at most."""
+        return self.ways.shape[1]
 
     def guesses(self) -> Tensor:
         """[B, T - 1] tokens of the nodes but node 0."""
@@ -230,22 +251,6 @@ class DecodingOutput(GenerateDecoderOnlyOutput):
     steps: Tensor | None = None
 
 
-def forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords) -> tuple[Tensor, Tensor]:
-    """Logits of new tokens, and the hidden states that they are made of."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        keywords.pop("logits_to_keep", None)
-    hidden = []
-    # To ask for hidden states would keep those of all layers.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
-    try:
-        out = model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True, **keywords
-        )
-    finally:
-        hook.remove()
-    return out.logits, hidden[0]
-
-
 def unsupported(generation_config) -> str | None:
     """A setting of `generate` that `decode` does not know, or None."""
     for name, plain in (("num_beams", 1), ("output_scores", False), ("output_logits", False),
@@ -283,23 +288,12 @@ def decode(
         draft: heads and the tree of their guesses; without, a step makes one token.
         streamer: gets one sequence, the prompt and then tokens as they are accepted.
     """
-    device, cache, length = input_ids.device, model_kwargs["past_key_values"], input_ids.shape[1]
-    past, mask = cache.get_seq_length(), model_kwargs.get("attention_mask")
-    positions = torch.arange(length, device=device).expand_as(input_ids)
-    if mask is not None:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        mask = None if mask.bool().all() else mask
-    chunk = getattr(generation_config, "prefill_chunk_size", None) or length
-    for start in range(past, length, chunk):
-        end = min(start + chunk, length)
-        part = None if mask is None else mask[:, :end]
-        logits, hidden = forward(
-            model, cache, input_ids[:, start:end], positions[:, start:end], attention_mask=part, logits_to_keep=1
-        )
-    rows = Rows(input_ids, stopping_criteria)
-    last, _ = choose(logits[:, -1:], rows, input_ids[:, -1:], ALONE, torch.zeros(1, dtype=torch.long, device=device))
+    cache, chunk = model_kwargs["past_key_values"], getattr(generation_config, "prefill_chunk_size", None)
+    logits, hidden = read(model, cache, input_ids, model_kwargs.get("attention_mask"), chunk)
+    rows, root = Rows(input_ids, stopping_criteria), input_ids.new_zeros(1)
+    last, _ = choose(logits[:, None], rows, input_ids[:, -1:], ALONE, root)
     new = rows.add(last)
-    step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden[:, -1].clone())
+    step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden.clone())
     run, steps, done = replayed(step), torch.zeros(len(input_ids), dtype=torch.long), bool(rows.done.all())
     if streamer is not None:
         streamer.put(input_ids.cpu())

@@ -9,17 +9,16 @@ they remember, and another one, with twice as many, takes over before these are 
 import math
 import warnings
 from dataclasses import dataclass
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .cache import LinearCacheLayer
+from .cache import LinearCache, LinearCacheLayer
 from .kernels import triton_kernels
 
 # Graphs that a model keeps; each has the activations of a step, and a cache.
-KEPT = 4
+KEPT = 8
 # The fewest slots for tokens of kept heads; a power of 2.
 SLOTS = 1024
 
@@ -30,16 +29,15 @@ def replayed(step):
 
 
 def refuses(step) -> str | None:
-    """Why a step (`decoding.Step`) cannot be captured, or None."""
+    """Why a step (`decoding.Step`, `reading.Reading`) cannot be captured, or None."""
     model, cache = step.model, step.cache
     fused_step = triton_kernels.step
-    if not step.last.is_cuda or fused_step is None:
+    if step.device.type != "cuda" or fused_step is None:
         return "graphs are of a GPU's fused kernels"
-    if torch.is_autocast_enabled(step.last.device.type):
+    if torch.is_autocast_enabled(step.device.type):
         return "weights are cast anew at every step"
-    if step.choose.reads_text or step.rows.others:
+    if step.reads_text:
         return "a processor or criterion reads the text"
-    nodes = len(step.tree.parents)
     linear = model.linear_attentions()
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, LinearCacheLayer):
@@ -48,9 +46,9 @@ def refuses(step) -> str | None:
             continue
         if linear[index].backend not in ("auto", "triton"):
             return "another backend is asked for"
-        if reason := fused_step.refuses(linear[index], layer, nodes):
+        if reason := fused_step.refuses(linear[index], layer, step.nodes):
             return reason
-        if nodes > 1 and not fused_step.accepts(layer, step.ways):
+        if step.nodes > 1 and not fused_step.accepts(layer, step.reach):
             return "the tree is too deep"
     for module in model.modules():
         if module.training:
@@ -74,12 +72,9 @@ class Replay:
     def __init__(self, step):
         self.step, self.captured, self.replays, self.room = step, None, 0, 0
         self.graphs = _graphs.setdefault(step.model, {})
-        weights = step.model.parameters(), *(() if step.heads is None else (step.heads.parameters(),))
-        # A graph knows weights by their place in memory.
-        places = tuple(weight.data_ptr() for weight in chain(*weights))
-        self.fixed = step.tree, step.heads is None, step.choose.settings, places
+        self.fixed = type(step), step.settings, places(step.model)
 
-    def __call__(self) -> Tensor:
+    def __call__(self):
         if not self.room:
             self.make_room()
         self.room -= 1
@@ -110,20 +105,20 @@ class Replay:
         if self.replays:
             torch._foreach_copy_(self.step.tensors(), self.captured.tensors)
         for layer in self.step.cache.layers:
-            layer.seen += self.replays * self.step.ways.shape[1]
+            layer.seen += self.replays * self.step.reach
             layer.memory.release()
         self.replays = 0
 
 
 @dataclass
 class Captured:
-    """graph: None where a step could not be captured; tensors: `Step.tensors` that it works on; constants: `Step`'s,
-    which it reads; found: what the step returns."""
+    """graph: None where a step could not be captured; step: what was captured, with all that the graph reads; tensors:
+    those of the step; found: what it returns."""
 
     graph: torch.cuda.CUDAGraph | None
+    step: object
     tensors: list[Tensor]
-    constants: list[Tensor]
-    found: Tensor | None
+    found: Tensor | tuple[Tensor, ...] | None
 
 
 # model -> `Replay.key` -> Captured
@@ -139,8 +134,23 @@ def capture(step) -> Captured:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)
-        return Captured(None, [], [], None)
-    return Captured(graph, twin.tensors(), twin.constants, found)
+        return Captured(None, None, [], None)
+    return Captured(graph, twin, twin.tensors(), found)
+
+
+def places(module: torch.nn.Module) -> tuple[int, ...]:
+    """Where weights are in memory, which is how graphs know them."""
+    return tuple(weight.data_ptr() for weight in module.parameters())
+
+
+def begin(model, cache: LinearCache, rows: int) -> bool:
+    """Make an empty cache ready for steps, where one of as many rows has been captured, which shows its sizes."""
+    weights = places(model)
+    for (fixed, _), known in _graphs.get(model, {}).items():
+        if known.graph is not None and weights in fixed and len(known.step.cache.length) == rows:
+            cache.start_like(known.step.cache)
+            return True
+    return False
 
 
 def remember(step) -> float:
@@ -149,7 +159,7 @@ def remember(step) -> float:
     Returns how many steps there is room for: where kept heads remember all tokens, their slots may be full then.
     """
     # The length is waited for, but the tokens that were chosen before have been, too.
-    nodes, most, longest = len(step.tree.parents), step.ways.shape[1], int(step.cache.length.max())
+    nodes, most, longest = step.nodes, step.reach, int(step.cache.length.max())
     # Twice as many each time, so that a long text takes few captures.
     slots, room = max(SLOTS, 1 << (longest + nodes - 1).bit_length()), math.inf
     for index, linear in step.model.linear_attentions().items():

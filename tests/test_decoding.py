@@ -13,7 +13,7 @@ from transformers.generation import (
     TopKLogitsWarper,
 )
 
-from linearize.layers import decoding, graphs
+from linearize.layers import decoding, graphs, reading
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS
 from linearize.layers.draft import DraftTree
@@ -102,7 +102,7 @@ def stand_in(step):
     """For `graphs.capture` where there is no GPU: a step on memory of its own, run by Python."""
     twin = step.twin()
     tensors = [x.clone() for x in twin.tensors()]
-    captured = graphs.Captured(SimpleNamespace(), tensors, twin.constants, None)
+    captured = graphs.Captured(SimpleNamespace(), twin, tensors, None)
 
     def replay():
         torch._foreach_copy_(twin.tensors(), tensors)
@@ -165,6 +165,31 @@ def test_kept_heads_go_on_in_slots(kept_window, speculate, monkeypatch):
         assert captures == [config.kept_tokens + nodes]
 
 
+@pytest.mark.parametrize("kept", [None, {0: (0,)}], ids=["pure", "hybrid"])
+@pytest.mark.parametrize("name", SMALL)
+def test_a_prompt_can_be_read_in_chains(name, kept, monkeypatch):
+    """Rows of 35, 32 and 29 tokens, then 40 more of each, part by part: as read whole."""
+    monkeypatch.setattr(reading, "CHAIN", 6)
+    model = make(SMALL[name], kept=kept)
+    whole, chained, other = LinearCache(model), LinearCache(model), LinearCache(model)
+    inputs = prompts(3, 35)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        reading.read(model, other, prompts(3, 50)["input_ids"], None, None)
+        chained.start_like(other)
+        for more in (0, 40):
+            ids = torch.cat([ids, prompts(3, 40, seed=1)["input_ids"][:, :more]], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, more), value=1)
+            past = 35 if more else 0
+            expected = reading.read(model, whole, ids, mask, None)
+            some = reading.Reading.of(model, chained, ids[:, past:], mask[:, past:].bool())
+            found = reading.in_chains(some, some, ids.shape[1] - past)
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y)
+    for x, y in zip(whole.layers, chained.layers, strict=True):
+        assert torch.equal(x.length, y.length)
+
+
 @ON_GPU
 @pytest.mark.parametrize("speculate", [False, True], ids=["plain", "tree"])
 @pytest.mark.parametrize("kept_window", [None, 20], ids=["all tokens", "window"])
@@ -208,8 +233,8 @@ def test_graphs_go_on_as_steps_do(name, speculate, monkeypatch):
         for x, y in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
             assert torch.equal(x.length, y.length) and x.seen == y.seen
             torch.testing.assert_close(x.state.S, y.state.S)
-    # One without a token that ends rows, one with.
-    assert len(graphs._graphs[model]) == 2
+    # One without a token that ends rows, one with, and one that reads prompts after the first.
+    assert len(graphs._graphs[model]) == 3
 
 
 @ON_GPU

@@ -1,12 +1,14 @@
 """Draft trees verified by fused kernels, and what is accepted of them, equal the reference in double precision."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from linearize.layers.attention import LinearAttention
-from linearize.layers.cache import Draft, LinearCacheLayer
+from linearize.layers.cache import Draft, LinearCache, LinearCacheLayer
 from linearize.layers.kernels.fused import step
 
 from .layers import ancestors_of
@@ -86,6 +88,59 @@ def test_trees(name, dtype, without_gradients):
     assert cache.seen == wanted.seen
     for name in ("S", "z"):
         assert error(getattr(cache.state, name), getattr(wanted.state, name)) <= tolerance
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chains_from_nothing(name, without_gradients):
+    """A prompt that is read chain by chain, of rows that end in different places, is the prompt read whole."""
+    config, dtype, size, counts = CONFIGS[name], torch.float32, 5, [43, 30, 4]
+    generator = torch.Generator().manual_seed(0)
+    rows, length, dim = len(counts), max(counts) + 2, 16
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    layer, exact = random_layers(config, 4, 2, dim, normal)
+    sizes = {"q": 4, "k": 2, "v": 2}
+    if config.rope == "before":
+        sizes |= {"raw_q": 4, "raw_k": 2, "sink_q": 4}
+    x = {name: normal(rows, length, n, dim).transpose(1, 2) for name, n in sizes.items()}
+    other, wanted = LinearCacheLayer(config), LinearCacheLayer(config)
+    layer(**x, scale=0.3, cache=other)
+    step.remember(layer, other)
+    model = SimpleNamespace(config=LlamaConfig(num_hidden_layers=1), linear_attentions=lambda: {0: layer})
+    begun, known = LinearCache(model), LinearCache(model)
+    known.layers = [other]
+    begun.start_like(known)
+    (cache,) = begun.layers
+
+    index = torch.arange(size, device=DEVICE)
+    count = torch.tensor(counts, device=DEVICE)[:, None]
+    outputs, chain = [], torch.ones(size, size, dtype=torch.bool, device=DEVICE).tril()
+    for start in range(0, length, size):
+        part = {name: y[:, :, start : start + size] for name, y in x.items()}
+        given = (part.get(name) for name in ("q", "k", "v", "raw_q", "raw_k", "sink_q"))
+        out, far = step.verify(layer, cache, *given, 0.3, chain)
+        keys = {"k": part["k"], "v": part["v"]} | ({"raw": part["raw_k"]} if "raw_k" in part else {})
+        cache.draft = Draft(keys, layer.far_keys, far)
+        cache.accept(torch.where(start + index < count, index, -1))
+        assert cache.far is not None
+        outputs.append(out)
+    present = torch.arange(length, device=DEVICE) < count
+    doubled = {name: y.double() for name, y in x.items()}
+    expected = exact(**doubled, scale=0.3, cache=wanted, segments=present.long())
+    found, expected = (y.transpose(1, 2)[present] for y in (torch.cat(outputs, dim=2), expected))
+    tolerance = TOLERANCES[dtype]
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    assert cache.length.tolist() == wanted.length.tolist() == counts
+    # What is in the ring of one is in the state of the other, until the same token comes.
+    y = {name: normal(rows, 4, n, dim).transpose(1, 2) for name, n in sizes.items()}
+    found = layer(**y, scale=0.3, cache=cache)
+    expected = exact(**{name: z.double() for name, z in y.items()}, scale=0.3, cache=wanted)
+    assert (found - expected).norm() <= tolerance * expected.norm()
+    for name in ("S", "z"):
+        found, expected = getattr(cache.state, name), getattr(wanted.state, name)
+        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def test_a_tree_that_may_be_deeper_than_the_window_is_refused(without_gradients):

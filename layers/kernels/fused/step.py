@@ -221,10 +221,10 @@ def verify(
     return out, {"phi": phi_k, "log_decay": node_decay, "beta": node_beta}
 
 
-def accepts(cache, path: Tensor) -> bool:
-    """Whether a path [B, n] is short enough for `accept`: where the ring has no room for it, FOLD tokens leave at once,
-    and so many must be there."""
-    return path.shape[1] <= min(FOLD, cache.config.ring_size)
+def accepts(cache, longest: int) -> bool:
+    """Whether `accept` takes paths of so many nodes: where the ring has no room for one, FOLD tokens leave at once, and
+    so many must be there."""
+    return longest <= min(FOLD, cache.config.ring_size)
 
 
 def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor) -> None:
