@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import LinearCache, LinearCacheLayer
 from .kernels import triton_kernels
+from .norms import fused_norms
 
 # Graphs that a model keeps; each has the activations of a step, and a cache.
 KEPT = 8
@@ -129,7 +130,7 @@ def capture(step) -> Captured:
     """A step on memory of its own; nothing is run."""
     twin, graph = step.twin(), torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with fused_norms(step.model), torch.cuda.graph(graph):
             found = twin()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
