@@ -41,7 +41,7 @@ class MedusaModel(nn.Module):
     def __init__(self, base: nn.Module, section: MedusaSection):
         super().__init__()
         self.base = base
-        self.heads = MedusaHeads(base.get_output_embeddings(), section.heads, section.projection)
+        self.heads = MedusaHeads(base.get_output_embeddings(), section.heads, section.projection, section.sequential)
         train_only(self, lambda name: name.startswith("heads."))
 
     def train(self, mode: bool = True):
@@ -56,7 +56,8 @@ class MedusaModel(nn.Module):
             hidden = self.base.base_model(
                 input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
             ).last_hidden_state
-        return self.heads(hidden, self.base.get_output_embeddings())
+            embedded = self.base.get_input_embeddings()(batch["input_ids"])
+        return self.heads(hidden, self.base.get_output_embeddings(), embedded)
 
     def guesses(self, batch: dict) -> Tensor:
         """[heads, T, RANKS] tokens, of one sequence."""

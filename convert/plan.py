@@ -209,7 +209,7 @@ def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
         if not isinstance(output, torch.nn.Linear):
             raise ValueError(f"medusa: heads need a linear output projection, not {type(output).__name__}")
         train_only(model, lambda name: False)
-        heads = MedusaHeads(output, recipe.medusa.heads, recipe.medusa.projection)
+        heads = MedusaHeads(output, recipe.medusa.heads, recipe.medusa.projection, recipe.medusa.sequential)
         add("medusa", recipe.medusa, torch.nn.ModuleList([model, heads]))
     return stages
 

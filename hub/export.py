@@ -97,8 +97,12 @@ def export_model(
     if draft is not None:
         heads, tree = draft
         save_file(heads.state_dict(), directory / HEADS_FILE)
-        projection = "own" if heads.projections else "shared"
-        config["medusa"] = {"heads": len(heads.blocks), "projection": projection, "tree": tree.paths}
+        config["medusa"] = {
+            "heads": len(heads.blocks),
+            "projection": "own" if heads.projections else "shared",
+            "sequential": heads.sequential,
+            "tree": tree.paths,
+        }
         (directory / "custom_generate").mkdir(exist_ok=True)
         (directory / "custom_generate" / "generate.py").write_text(GENERATE, "utf-8")
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -155,17 +155,16 @@ class Step:
         self.last, self.hidden = last, hidden
         self.heads, self.tree = (None, ALONE) if draft is None else draft
         tree = self.tree
-        # Of each node, its place among the candidates of all heads, followed by what is copied.
-        self.width = max((rank for rank in tree.ranks if rank != COPY), default=0) + 1
-        order = [
-            tree.heads * self.width + depth - 1 if rank == COPY else (depth - 1) * self.width + rank
-            for depth, rank in zip(tree.depths, tree.ranks, strict=True)
-        ][1:]
-        self.depths, self.ways, self.places, self.parents = (
-            torch.as_tensor(x, dtype=torch.long, device=last.device)
-            for x in (tree.depths, tree.ways, order, (0, *tree.parents[1:]))
-        )
+
+        def place(x):
+            return torch.as_tensor(x, dtype=torch.long, device=last.device)
+
+        self.depths, self.ways, self.parents = map(place, (tree.depths, tree.ways, (0, *tree.parents[1:])))
         self.ancestors = tree.ancestors.to(last.device)
+        # Candidates of a head that are of use.
+        self.width = max((rank for rank in tree.ranks if rank != COPY), default=0) + 1
+        sequential = self.heads is not None and self.heads.sequential
+        self.levels = [[*map(place, level)] for level in tree.levels(self.width, sequential)]
 
     @property
     def device(self) -> torch.device:
@@ -192,14 +191,23 @@ class Step:
         return self.ways.shape[1]
 
     def guesses(self) -> Tensor:
-        """[B, T - 1] tokens of the nodes but node 0."""
-        output, found = self.model.get_output_embeddings(), []
-        if self.tree.heads:
-            logits = self.heads(self.hidden[:, None], output, self.tree.heads)
-            found.append(torch.cat(logits, dim=1).topk(self.width).indices.flatten(1))
-        if COPY in self.tree.ranks:
-            found.append(copies(self.rows.text, self.rows.count))
-        return torch.cat(found, dim=1)[:, self.places]
+        """[B, T - 1] tokens of the nodes but node 0, depth by depth."""
+        heads, output, embed = self.heads, self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        copied = copies(self.rows.text, self.rows.count) if COPY in self.tree.ranks else None
+        tokens, hidden = [self.last[:, None]], self.hidden[:, None]
+        state = hidden
+        for head, (parents, asked, found) in enumerate(self.levels):
+            candidates = []
+            if head < self.tree.heads:
+                before = state[:, parents] if heads.sequential else hidden
+                state = heads.state(head, before, embed(tokens[-1]))
+                if len(asked):
+                    logits = heads.logits(head, state[:, asked], output)
+                    candidates.append(logits.topk(self.width).indices.flatten(1))
+            if copied is not None:
+                candidates.append(copied[:, head : head + 1])
+            tokens.append(torch.cat(candidates, dim=1)[:, found])
+        return torch.cat(tokens[1:], dim=1)
 
     def __call__(self) -> Tensor:
         """[B, depth + 2]: new tokens, -1 behind a row's last, and whether it is done."""
@@ -207,7 +215,7 @@ class Step:
         if self.heads is None:
             logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None])
         else:
-            if len(self.places):
+            if self.nodes > 1:
                 tokens = torch.cat([tokens, self.guesses()], dim=1)
             with self.cache.verifying(self.ancestors):
                 logits, states = forward(self.model, self.cache, tokens, self.cache.length[:, None] + self.depths)

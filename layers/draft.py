@@ -116,6 +116,26 @@ class DraftTree:
     def depths(self) -> list[int]:
         return [0, *map(len, self.paths)]
 
+    def levels(self, width: int, sequential: bool) -> list[tuple[list[int], list[int], list[int]]]:
+        """For each depth from 1 on, of nodes one depth above and counted there: the parent of each, and those behind
+        which a head is asked; and of the nodes themselves, which of the candidates they are, `width` behind each that
+        was asked, followed by what is copied. Heads that are not `sequential` are asked once.
+        """
+        depths = range(max(self.depths) + 1)
+        levels = [[node for node, depth in enumerate(self.depths) if depth == level] for level in depths]
+        found, above = [], [-1]
+        for level, below in zip(levels, levels[1:], strict=False):
+            parents = [above.index(self.parents[node]) for node in level]
+            asking = [level.index(self.parents[node]) if sequential else 0 for node in below]
+            asked = sorted({at for at, node in zip(asking, below, strict=True) if self.ranks[node] != COPY})
+            places = [
+                len(asked) * width if self.ranks[node] == COPY else asked.index(at) * width + self.ranks[node]
+                for at, node in zip(asking, below, strict=True)
+            ]
+            found.append((parents, asked, places))
+            above = level
+        return found
+
     @cached_property
     def heads(self) -> int:
         """How many heads it needs."""

@@ -19,9 +19,9 @@ def attach_heads(model, heads: MedusaHeads, tree: DraftTree) -> None:
     Raises:
         ValueError: when the heads are of another model, or too few for the tree.
     """
-    size = model.get_output_embeddings().in_features
-    if heads.blocks[0].in_features != size:
-        raise ValueError(f"heads are of a model with {heads.blocks[0].in_features} hidden units, this one has {size}")
+    size, theirs = model.get_output_embeddings().in_features, heads.blocks[0].out_features
+    if theirs != size:
+        raise ValueError(f"heads are of a model with {theirs} hidden units, this one has {size}")
     slack = min(layer.config.slack for layer in model.linear_attentions().values())
     if tree.heads > len(heads.blocks) or max(tree.depths) > min(slack, COPIED):
         raise ValueError(
@@ -41,7 +41,8 @@ def load_heads(model) -> None:
     found = getattr(model.config, "medusa", None)
     if found is None:
         raise ValueError("the model has no draft heads; convert it with a medusa section, or decode as usual")
-    heads = MedusaHeads(model.get_output_embeddings(), found["heads"], found["projection"])
+    sequential = found.get("sequential", False)
+    heads = MedusaHeads(model.get_output_embeddings(), found["heads"], found["projection"], sequential)
     heads.load_state_dict(load_file(cached_file(model.config.name_or_path, HEADS_FILE)))
     attach_heads(model, heads, DraftTree.of(found["tree"]))
 

@@ -173,6 +173,7 @@ class MedusaSection(Training):
     Attributes:
         heads: head i, counted from 0, predicts the token i + 1 places after the next one.
         projection: whether the heads share the model's output projection or own one each.
+        sequential: whether a head sees the tokens guessed before its own (Hydra), or the hidden state alone (Medusa).
         decay: the loss of head i is weighted by `decay ** i`.
         own_text: tokens of text that the converted model writes for its heads to train on, going on from pieces of the
             training data: they are to guess the model, not the data. None: the data.
@@ -180,6 +181,7 @@ class MedusaSection(Training):
 
     heads: Positive = 4
     projection: Literal["shared", "own"] = "shared"
+    sequential: bool = True
     decay: Annotated[float, Field(gt=0)] = 0.8
     own_text: Positive | None = None
     lr: LearningRate = 1e-3

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
 
+from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.decoding import Rows, Step
 from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import install
@@ -30,7 +32,9 @@ SMALL = {
 }
 
 
-def make(config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None, family: str = "llama"):
+def make(
+    config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None, family: str = "llama", sequential: bool = False
+):
     """A tiny model in float64 whose far branch and heads are at work; the heads guess right now and then."""
     model = install(tiny_model(family), config, kept).double().eval()
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +43,10 @@ def make(config: LinearAttentionConfig, tree: DraftTree = BUSHY, kept=None, fami
             parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.2
         elif "embed_tokens" in name or "lm_head" in name:
             parameter.data *= 20  # texts that vary, and no ties
-    heads = MedusaHeads(model.get_output_embeddings(), max([1, *tree.depths]), "shared").double()
+    heads = MedusaHeads(model.get_output_embeddings(), max([1, *tree.depths]), "shared", sequential).double()
+    if sequential:
+        for parameter in heads.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05
     attach_heads(model, heads, tree)
     return model
 
@@ -70,6 +77,35 @@ def test_greedy_texts_are_equal(name, tree):
     model = make(SMALL[name], tree)
     plain, speculative = both(model, prompts())
     assert torch.equal(plain, speculative)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_greedy_texts_are_equal_with_sequential_heads(tree):
+    plain, speculative = both(make(SMALL["augmented"], tree, sequential=True), prompts())
+    assert torch.equal(plain, speculative)
+
+
+MIXED = DraftTree.of([[0], [2], [COPY], [0, 1], [2, 0], [COPY, 1], [0, 1, COPY], [COPY, 1, 2], [0, 1, COPY, 0]])
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["medusa", "sequential"])
+def test_guesses_are_those_of_heads_that_were_told_the_way_to_them(sequential):
+    """What is drafted level by level, as training sees it: heads over the text, were the guesses before right."""
+    model = make(SMALL["augmented"], MIXED, sequential=sequential)
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6]])
+    last, hidden = ids[:, -1], torch.randn(1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    heads, output, embed = model.__dict__["draft"][0], model.get_output_embeddings(), model.get_input_embeddings()
+    with torch.no_grad():
+        cache = LinearCache(model)
+        tokens = Step(model, cache, None, Rows(ids, []), (heads, MIXED), last, hidden).guesses()[0].tolist()
+        node = {(): int(last)} | dict(zip(map(tuple, MIXED.paths), tokens, strict=True))
+        for path, token in list(node.items())[1:]:
+            if path[-1] == COPY:
+                assert token == [7, 8, 5, 6][len(path) - 1]
+                continue
+            way = torch.tensor([[0, *(node[path[:i]] for i in range(len(path)))]])
+            logits = heads(hidden[:, None].expand(1, way.shape[1], -1), output, embed(way))[len(path) - 1][0, 0]
+            assert token == logits.topk(path[-1] + 1).indices[-1]
 
 
 @pytest.mark.parametrize("family", ["cohere", "gemma3_text", "gpt2", "qwen3", "stablelm"])
@@ -113,17 +149,13 @@ def test_guesses_are_accepted():
     text = model.generate(**inputs, max_new_tokens=31, do_sample=False, eos_token_id=None)
     calls = []
 
-    class Knowing(torch.nn.Module):
-        blocks = model.__dict__["draft"][0].blocks
+    class Knowing(MedusaHeads):
+        def logits(self, head, state, output):
+            if head == 0:
+                calls.append(inputs["input_ids"].shape[1] + 4 * len(calls))
+            return torch.nn.functional.one_hot(text[:, calls[-1] + 1 + head, None], 99).double()
 
-        def forward(self, hidden, output, heads):
-            at = inputs["input_ids"].shape[1] + sum(calls)
-            calls.append(4)
-            ahead = text[:, at + 1 : at + 4]
-            logits = torch.nn.functional.one_hot(ahead, 99).double()
-            return [logits[:, i : i + 1] for i in range(3)]
-
-    model.__dict__["draft"] = Knowing(), CHAIN
+    model.__dict__["draft"] = Knowing(model.get_output_embeddings(), 3, "shared").double(), CHAIN
     found = model.generate(
         **inputs, max_new_tokens=29, do_sample=False, eos_token_id=None, custom_generate=model.speculate
     )
@@ -222,10 +254,13 @@ def test_speculation_of_transformers(name, how):
     assert torch.equal(plain, model.generate(**inputs, **keywords, **speculation))
 
 
-@pytest.mark.parametrize("projection, parameters", [("shared", 2 * 72), ("own", 2 * (72 + 88))])
-def test_heads_of_a_frozen_model_can_be_trained(projection, parameters):
+@pytest.mark.parametrize(
+    "projection, sequential, parameters",
+    [("shared", False, 2 * 72), ("own", False, 2 * (72 + 88)), ("own", True, 2 * (136 + 88))],
+)
+def test_heads_of_a_frozen_model_can_be_trained(projection, sequential, parameters):
     output = torch.nn.Linear(8, 11, bias=False).requires_grad_(False)
-    heads = MedusaHeads(output, 2, projection)
+    heads = MedusaHeads(output, 2, projection, sequential)
     assert sum(x.numel() for x in heads.parameters() if x.requires_grad) == parameters
 
 
