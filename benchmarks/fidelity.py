@@ -31,7 +31,7 @@ KEEP = [
 ]
 # Recipe smollm2-135m-long.
 LONG = [
-    "transfer.steps=300", "finetune.steps=2000", "finetune.warmup_steps=50",
+    "transfer.steps=300", "finetune.steps=2100", "finetune.warmup_steps=50", "finetune.rank=128", "finetune.alpha=64",
     "finetune.curriculum=[{length: 1024, share: 0.875}, {length: 4096, share: 0.125}]",
 ]
 WINDOW = ["attention.preset=swa", "transfer=null"]
