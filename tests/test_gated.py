@@ -224,19 +224,17 @@ def test_the_state_after_many_keys(name, chunks, in_segments, without_gradients)
     in_segments(chunks)
     config = CONFIGS[name]
     layer, inputs = make(replace(config, feature_expansion=1, feature_dim=24), kv_heads=2, batch=2)
-    _, _, v, _, raw_k, _ = (x.double() for x in inputs)
-    layer = layer.double()
-    phi_k = torch.nn.functional.normalize(layer.phi_k(raw_k), dim=-1)
-    gates = layer.gates(raw_k) if config.state != "additive" else None
+    _, k, v, _, raw_k, _ = (x.double() for x in inputs)
+    features = deepcopy(layer).double().far_keys({"k": k, "raw": raw_k})
+    single = layer.far_keys({"k": k, "raw": raw_k.float()})
     position = torch.arange(200, device=DEVICE).repeat(2, 1)
     position[:, 4:] += 700
     document = torch.zeros_like(position)
     document[1, 120:] = PADDING
     S = torch.rand(2, 2, 24, 16, dtype=torch.float64, device=DEVICE)
     state, tokens = State(S, S.sum(-1)), Tokens(document, position)
-    expected = kernels.fold(phi_k, v, gates, state, tokens, config)
-    single = None if gates is None else gates.map(lambda x: x.float())
-    actual = gated.end_state(phi_k.float(), v.float(), single, State(S.float(), S.sum(-1).float()), tokens, config)
+    expected = kernels.fold(features, v, state, tokens, config)
+    actual = gated.end_state(single, v.float(), State(S.float(), S.sum(-1).float()), tokens, config)
     close(actual.S, expected.S, TOLERANCE[torch.float32], "S")
     close(actual.z, expected.z, TOLERANCE[torch.float32], "z")
 

@@ -239,7 +239,7 @@ def fold_sequence(
     phi_k: Tensor, v: Tensor, gates: Gates | None, state: State, tokens: Tokens, config: LinearAttentionConfig
 ) -> State:
     """`kernels.fold` for any number of keys."""
-    layout = Layout(tokens, chunk_size(config), config.sinks)
+    layout = Layout.of(tokens, chunk_size(config), config.sinks)
     return State.of(_Memory(layout, phi_k, layout.pack(v), gates, state, config).end)
 
 

@@ -7,12 +7,13 @@ what it knows of the tokens in the ring (`cache.far`), so that of far ones neith
 again.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
 from ...config import FAR_UNIT
-from ...tokens import Tokens
 from ..memory import far_values
 from . import tree_accept, tree_attend, tree_enter
 from .additive import DTYPES, MAPS
@@ -65,30 +66,62 @@ def remember(layer, cache) -> None:
     Per slot, `phi` [B, H_kv, R, F]; for the delta rule also the gates `log_decay` and `beta` [B, H_kv, R], and what a
     key leaves in the state, `u` [B, H_kv, R, D_v] and `mass` [B, H_kv, R].
     """
-    config, sinks = layer.config, layer.config.sinks
-    keys, tokens = cache.recall({name: x[:, :, :0] for name, x in cache.ring.items()})
-    keys = {name: x[:, :, sinks:] for name, x in keys.items()}
-    tokens = Tokens(tokens.document[:, sinks:], tokens.position[:, sinks:])
+    config, passage = layer.config, cache.passage(0)
+    held = _Held.of(passage, config)
+    names = "raw" if "raw" in cache.ring else "k", "v"
+    keys = {name: _gather(cache.ring[name], passage.order) for name in names}
     features = layer.far_keys(keys)
     phi = features.phi
     if config.state != "delta":
         far = {"phi": phi}
     else:
-        gates = features.gates.where((tokens.valid & (tokens.position >= sinks))[:, None])
-        order = torch.ones(2 * phi.shape[2:3], dtype=torch.bool, device=phi.device).tril(-1)
-        precedes = order & tokens.valid[:, None, :] & tokens.valid[:, :, None]
-        u, _ = far_values(phi.float(), keys["v"].float(), gates, precedes, cache.state, tokens.valid)
+        gates = features.gates.where(held.enters[:, None])
+        u, _ = far_values(phi.float(), keys["v"].float(), gates, held.precedes, cache.state, held.valid)
         far = {"phi": phi, "log_decay": gates.log_decay, "beta": gates.beta, "u": u[..., :-1], "mass": u[..., -1]}
-    slots = config.ring_size + FOLD
-    index = (torch.arange(slots, device=phi.device) - tokens.position[:, :1]) % slots
-    index = index.clamp(max=config.ring_size - 1)[:, None]
+    cache.ring = {name: _gather(x, held.slots) for name, x in cache.ring.items()}
+    cache.far = {name: _gather(x, held.place) for name, x in far.items()}
+    # What steps write into is this layer's alone.
+    cache.length, cache.count, cache.segment = (x.clone() for x in (cache.length, cache.count, cache.segment))
 
-    def place(x):
-        at = index.expand(-1, x.shape[1], -1)
-        return x.gather(2, at if x.dim() == 3 else at.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
 
-    cache.ring = {name: place(x) for name, x in keys.items()}
-    cache.far = {name: place(x) for name, x in far.items()}
+@dataclass
+class _Held:
+    """The R tokens in the ring from the oldest on, B rows; the same for all layers.
+
+    Attributes:
+        valid, enters: [B, R], whether it is a token, and one that enters the state one day.
+        precedes: [B, R, R], whether a token (column) does so before another.
+        place, slots: [B, R + FOLD], which token each slot gets, and the slot that it was in.
+    """
+
+    valid: Tensor
+    enters: Tensor
+    precedes: Tensor
+    place: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, passage, config) -> "_Held":
+        """Of the passage of no new tokens."""
+        found = passage.tokens.layouts
+        if cls not in found:
+            document, position = (x[:, config.sinks :] for x in (passage.tokens.document, passage.tokens.position))
+            valid = document == 0
+            size, slots = position.shape[1], config.ring_size + FOLD
+            order = torch.ones(size, size, dtype=torch.bool, device=position.device).tril(-1)
+            place = (torch.arange(slots, device=position.device) - position[:, :1]) % slots
+            place = place.clamp(max=size - 1)
+            found[cls] = cls(
+                valid, valid & (position >= config.sinks), order & valid[:, None, :] & valid[:, :, None], place,
+                passage.order.gather(1, place),
+            )  # fmt: skip
+        return found[cls]
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """[B, H_kv, n, ..] the tokens `index` [B, n] of x [B, H_kv, K, ..]."""
+    index = index[:, None].expand(-1, x.shape[1], -1)
+    return x.gather(2, index if x.dim() == 3 else index.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
 
 
 def _block(size: int, least: int = 16) -> int:
