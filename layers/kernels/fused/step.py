@@ -7,21 +7,19 @@ what it knows of the tokens in the ring (`cache.far`), so that of far ones neith
 again.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from ...config import FAR_UNIT
-from ..memory import far_values
-from . import tree_accept, tree_attend, tree_enter
+from . import step_remember, tree_accept, tree_attend, tree_enter
 from .additive import DTYPES, MAPS
 from .shape import strides
 from .step_attend import attend
 from .step_enter import enter
 
-# Rows whose features a program computes, where there are many: the fewest that tensor cores take.
+# Rows whose features a program computes, where there are many, or keys that it takes at once: the fewest that tensor
+# cores take.
 ROWS = 16
 # Tokens that enter the state at once. While steps are done here the ring has so many slots more than without; a state
 # is then written at every 16th step only, which is a third of all bytes saved.
@@ -66,62 +64,28 @@ def remember(layer, cache) -> None:
     Per slot, `phi` [B, H_kv, R, F]; for the delta rule also the gates `log_decay` and `beta` [B, H_kv, R], and what a
     key leaves in the state, `u` [B, H_kv, R, D_v] and `mass` [B, H_kv, R].
     """
-    config, passage = layer.config, cache.passage(0)
-    held = _Held.of(passage, config)
-    names = "raw" if "raw" in cache.ring else "k", "v"
-    keys = {name: _gather(cache.ring[name], passage.order) for name in names}
-    features = layer.far_keys(keys)
-    phi = features.phi
-    if config.state != "delta":
-        far = {"phi": phi}
-    else:
-        gates = features.gates.where(held.enters[:, None])
-        u, _ = far_values(phi.float(), keys["v"].float(), gates, held.precedes, cache.state, held.valid)
-        far = {"phi": phi, "log_decay": gates.log_decay, "beta": gates.beta, "u": u[..., :-1], "mass": u[..., -1]}
-    cache.ring = {name: _gather(x, held.slots) for name, x in cache.ring.items()}
-    cache.far = {name: _gather(x, held.place) for name, x in far.items()}
+    config, ring, state = layer.config, cache.ring, cache.state
+    (batch, kv_heads, old_slots, value_dim), dim, width = ring["v"].shape, ring["k"].shape[3], layer.features
+    slots, delta, features = config.ring_size + FOLD, config.state == "delta", layer.far_keys(ring)
+    phi, gates = features.phi.contiguous(), (None, None)
+    cache.ring = {name: x.new_empty(batch, kv_heads, slots, x.shape[3]) for name, x in ring.items()}
+    cache.far = {"phi": phi.new_empty(batch, kv_heads, slots, width)}
+    if delta:
+        gates = features.gates.log_decay.contiguous(), features.gates.beta.contiguous()
+        cache.far["u"] = state.S.new_empty(batch, kv_heads, slots, value_dim)
+        cache.far |= {name: state.z.new_empty(batch, kv_heads, slots) for name in ("mass", "log_decay", "beta")}
     # What steps write into is this layer's alone.
-    cache.length, cache.count, cache.segment = (x.clone() for x in (cache.length, cache.count, cache.segment))
-
-
-@dataclass
-class _Held:
-    """The R tokens in the ring from the oldest on, B rows; the same for all layers.
-
-    Attributes:
-        valid, enters: [B, R], whether it is a token, and one that enters the state one day.
-        precedes: [B, R, R], whether a token (column) does so before another.
-        place, slots: [B, R + FOLD], which token each slot gets, and the slot that it was in.
-    """
-
-    valid: Tensor
-    enters: Tensor
-    precedes: Tensor
-    place: Tensor
-    slots: Tensor
-
-    @classmethod
-    def of(cls, passage, config) -> "_Held":
-        """Of the passage of no new tokens."""
-        found = passage.tokens.layouts
-        if cls not in found:
-            document, position = (x[:, config.sinks :] for x in (passage.tokens.document, passage.tokens.position))
-            valid = document == 0
-            size, slots = position.shape[1], config.ring_size + FOLD
-            order = torch.ones(size, size, dtype=torch.bool, device=position.device).tril(-1)
-            place = (torch.arange(slots, device=position.device) - position[:, :1]) % slots
-            place = place.clamp(max=size - 1)
-            found[cls] = cls(
-                valid, valid & (position >= config.sinks), order & valid[:, None, :] & valid[:, :, None], place,
-                passage.order.gather(1, place),
-            )  # fmt: skip
-        return found[cls]
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """[B, H_kv, n, ..] the tokens `index` [B, n] of x [B, H_kv, K, ..]."""
-    index = index[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, index if x.dim() == 3 else index.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
+    clock = cache.length.new_empty(3, batch)
+    columns = min(32, _block(value_dim))
+    step_remember.remember[triton.cdiv(value_dim, columns), batch * kv_heads](
+        ring["k"], ring["v"], ring.get("raw"), phi, *gates, state.S, state.z, cache.length, cache.count, cache.segment,
+        *(cache.ring.get(name) for name in ("k", "v", "raw")),
+        *(cache.far.get(name) for name in ("phi", "log_decay", "beta", "u", "mass")), clock, batch, old_slots, slots,
+        KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=columns, F=width, BF=_block(width), SINKS=config.sinks,
+        DELTA=delta, C=ROWS, P="tf32" if ring["v"].dtype == torch.bfloat16 else "ieee", num_warps=8,
+    )  # fmt: skip
+    cache.length, cache.count, cache.segment = clock
+    cache.shared.passage = None
 
 
 def _block(size: int, least: int = 16) -> int:
