@@ -7,7 +7,7 @@ draft trees, and `crop` moves a cursor.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,8 +37,9 @@ class Draft:
 
 @dataclass
 class Shared:
-    """What the layers of a cache have in common: the latest passage, for the next layer of the same forward pass."""
+    """What `layers` of a cache have in common: the latest passage, for the next layer of the same forward pass."""
 
+    layers: list["LinearCacheLayer"] = field(default_factory=list)
     passage: Passage | None = None
 
 
@@ -103,11 +104,29 @@ class LinearCacheLayer(CacheLayerMixin):
         """Of `new` tokens, the same object for all layers of a forward pass; `segments` and `ancestors` are those of
         the layer, `path` that of `accept`."""
         slots = self.ring["v"].shape[2] if self.ring else 0
-        tensors = self.length, self.count, self.segment, segments, ancestors, path
-        facts = self.config, self.seen, slots, new
-        if self.shared.passage is None or not self.shared.passage.is_of(tensors, facts):
-            self.shared.passage = Passage(tensors, facts)
+        given = (segments, ancestors, path), (self.config, self.seen, slots, new)
+        if self.shared.passage is None or not self.shared.passage.is_of(self._clock, *given):
+            self.shared.passage = Passage(self._clocks_alike(), *given)
         return self.shared.passage
+
+    @property
+    def _clock(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.length, self.count, self.segment
+
+    def _clocks_alike(self) -> list[tuple[Tensor, ...]]:
+        """This layer's clock, and those of layers that have their own, as after fused steps, but say the same."""
+        own = self.seen, self.length.shape, self.length.device
+        others = [
+            layer._clock for layer in self.shared.layers
+            if layer.is_initialized and layer.length is not self.length
+            and (layer.seen, layer.length.shape, layer.length.device) == own
+        ]  # fmt: skip
+        if not others:
+            return [self._clock]
+        clocks = [self._clock, *others]
+        times = torch.stack([x for clock in clocks for x in clock]).unflatten(0, (-1, 3))
+        alike = (times == times[0]).flatten(1).all(1).tolist()
+        return [clock for clock, same in zip(clocks, alike, strict=True) if same]
 
     def recall(self, new: dict[str, Tensor], passage: Passage) -> dict[str, Tensor]:
         """Sinks and ring followed by `new`: nothing before the first token, so that a prompt is a whole sequence to the
@@ -249,6 +268,7 @@ class LinearCache(Cache):
             while len(layers) <= layer_idx:
                 layers.append(None)
             layers[layer_idx] = LinearCacheLayer(attention.config, shared)
+            shared.layers.append(layers[layer_idx])
         super().__init__(layers=layers)
 
     @property

@@ -13,8 +13,8 @@ class Passage:
     """T new tokens behind the P that a layer holds: s sinks and R ring slots, or none before the first token. B rows.
 
     Args:
-        tensors: length, count and segment [B] of the cache, and segments [B, T], ancestors [T, T] and path [B, T], or
-            None, as of `LinearCacheLayer.passage`.
+        clocks: length, count and segment [B] of caches that say the same.
+        inputs: segments [B, T], ancestors [T, T] and path [B, T], or None, as of `LinearCacheLayer.passage`.
         facts: the configuration, columns of input before, R and T.
 
     Attributes:
@@ -22,9 +22,15 @@ class Passage:
         order: [B, R], the ring's slots, that of the oldest token first; None before the first token.
     """
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], facts: tuple[LinearAttentionConfig, int, int, int]):
-        self.tensors, self.facts = tensors, facts
-        length, count, segment, segments, ancestors, path = tensors
+    def __init__(
+        self,
+        clocks: list[tuple[Tensor, ...]],
+        inputs: tuple[Tensor | None, ...],
+        facts: tuple[LinearAttentionConfig, int, int, int],
+    ):
+        self.clocks, self.inputs, self.facts = clocks, inputs, facts
+        length, count, segment = clocks[0]
+        segments, ancestors, path = inputs
         config, seen, slots, new = facts
         batch, device = len(length), length.device
         if not seen:
@@ -51,9 +57,13 @@ class Passage:
                 torch.cat([sink, position, self.new.position], dim=1),
             )
 
-    def is_of(self, tensors: tuple[Tensor | None, ...], facts: tuple) -> bool:
-        """Whether it was made of these very tensors, which nothing changes in place while layers share them."""
-        return self.facts == facts and all(x is y for x, y in zip(self.tensors, tensors, strict=True))
+    def is_of(self, clock: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], facts: tuple) -> bool:
+        """Whether it was made of these very tensors; where steps have changed a clock in place, `facts` are others."""
+
+        def same(xs, ys):
+            return all(x is y for x, y in zip(xs, ys, strict=True))
+
+        return self.facts == facts and same(self.inputs, inputs) and any(same(known, clock) for known in self.clocks)
 
     @cached_property
     def _current(self) -> Tensor:
@@ -63,12 +73,12 @@ class Passage:
     @cached_property
     def continues(self) -> Tensor | None:
         """[B], whether each row is still in the document of which the state is; None where all are, or it is empty."""
-        return (self._current == 0).squeeze(1) if self.order is not None and self.tensors[3] is not None else None
+        return (self._current == 0).squeeze(1) if self.order is not None and self.inputs[0] is not None else None
 
     @cached_property
     def after(self) -> tuple[Tensor, Tensor, Tensor]:
         """The cache's length, count and segment [B] with the new tokens in it."""
-        length, count, segment, segments, *_ = self.tensors
+        (length, count, segment), segments = self.clocks[0], self.inputs[0]
         added = (self.new.document == self._current).sum(1)
         if self.continues is not None:
             length, count = length * self.continues, count * self.continues
