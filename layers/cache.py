@@ -144,8 +144,8 @@ class LinearCacheLayer(CacheLayerMixin):
         Args:
             features: of all keys, or None without far branch.
         """
-        part, leaving = passage.leaving
         if features is not None:
+            part, leaving = passage.leaving
             if passage.continues is not None:
                 keep = passage.continues[:, None, None]
                 self.state = State(self.state.S * keep[..., None], self.state.z * keep)

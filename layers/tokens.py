@@ -68,7 +68,7 @@ def nothing(batch: int, device: torch.device, inference: bool) -> Tensor:
 @lru_cache(maxsize=8)
 def _single_documents(batch: int, length: int, device: torch.device, inference: bool) -> Tokens:
     position = torch.arange(length, device=device).expand(batch, -1)
-    return Tokens(torch.zeros_like(position), position, whole=True)
+    return Tokens(position.new_zeros(()).expand_as(position), position, whole=True)
 
 
 def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Tokens:
