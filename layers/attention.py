@@ -9,7 +9,7 @@ from .feature_maps import FEATURE_MAPS
 from .gates import TokenGates
 from .kernels import Features, Problem, Weights, augmented_attention, triton_kernels
 from .softmax import softmax_attention
-from .tokens import Tokens, locate, visible_keys, whole_sequences
+from .tokens import visible_keys, whole_sequences
 
 BRANCHES = frozenset({"local", "linear", "conv"})
 
@@ -73,7 +73,8 @@ class LinearAttention(nn.Module):
             near = self.gate.sigmoid()
         elif hasattr(self, "lam"):
             # lam >= 0 keeps the denominator positive; the gradient passes the bound, or a head at 0 would stay there.
-            far = FAR_UNIT * (self.lam + (self.lam.clamp(min=0) - self.lam).detach())
+            lam = self.lam.clamp(min=0)
+            far = FAR_UNIT * (self.lam + (lam - self.lam).detach() if lam.requires_grad else lam)
         elif hasattr(self, "alpha"):
             far = self.alpha
         if "local" not in self.branches:
@@ -121,6 +122,8 @@ class LinearAttention(nn.Module):
         """
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
+        if cache is not None and not cache.is_initialized:
+            cache.lazy_initialization(v, self.kv_heads, self.features)
         if not self.kept:
             return self._linear(q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors)
         kv_heads = k.shape[1]
@@ -150,18 +153,20 @@ class LinearAttention(nn.Module):
 
     def _softmax(self, q, k, v, sink_q, scale, segments, cache, ancestors, sliding_window) -> Tensor:
         """`forward` for kept heads."""
-        tokens = self._locate(k, segments, cache if cache is not None and cache.is_initialized else None)
-        if ancestors is not None:
-            tokens = Tokens(tokens.document, tokens.position[:, :1] + ancestors.sum(-1) - 1)
-        position, memory = tokens.position, None if cache is None else cache.memory
+        memory = None if cache is None else cache.memory
         in_place = memory is not None and memory.reserved and segments is None
         in_place = in_place and (ancestors is not None or k.shape[2] == 1)
         if in_place:
+            # Nothing is waited for here, as it may be to share places with other layers.
+            position = cache.length[:, None] + (0 if ancestors is None else ancestors.sum(-1) - 1)
             key_position, visible = memory.write(k, v, position, ancestors)
             keys, values = memory.k, memory.v
         else:
-            keys, values, tokens = (k, v, tokens) if memory is None else memory.recall(k, v, tokens)
-            key_position = tokens.position
+            if cache is None:
+                keys, values, tokens = k, v, whole_sequences(segments, len(k), k.shape[2], k.device)
+            else:
+                keys, values, tokens = memory.recall(k, v, cache.passage(k.shape[2], segments, ancestors).new)
+            key_position, position = tokens.position, tokens.position[:, -q.shape[2] :]
             alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
             visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
         window = self.config.kept_window
@@ -191,7 +196,8 @@ class LinearAttention(nn.Module):
         """`forward` for linear heads."""
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         # Steps may begin with nothing, in a cache that is ready for them.
-        continues = cache is not None and (cache.seen or cache.far is not None) and segments is None
+        ready = cache is not None and (cache.seen or cache.far is not None or cache.memory.reserved)
+        continues = ready and segments is None
         steps = continues and k.shape[2] == 1 and ancestors is None
         tree = continues and ancestors is not None
         if not self.heads and cache is not None and cache.memory.reserved:
@@ -210,20 +216,11 @@ class LinearAttention(nn.Module):
             return out
         new, q_features = keys, None
         if cache is None:
-            tokens, state = self._locate(k, segments, None), None
+            tokens, state = whole_sequences(segments, len(k), k.shape[2], k.device), None
         else:
-            if not cache.is_initialized:
-                some_phi = self.phi_k(k[:, :, :1]) if self.features else None
-                cache.lazy_initialization(keys, some_phi)
-            tokens, state = self._locate(k, segments, cache), cache.state if cache.seen else None
-            if ancestors is not None:
-                tokens = Tokens(tokens.document, cache.length[:, None] + ancestors.sum(-1) - 1)
-            keys, past = cache.recall(keys)
-            if past.document.shape[1]:
-                tokens = Tokens(
-                    torch.cat([past.document, tokens.document], dim=1),
-                    torch.cat([past.position, tokens.position], dim=1),
-                )
+            passage = cache.passage(k.shape[2], segments, ancestors)
+            tokens, state = passage.tokens, cache.state if cache.seen else None
+            keys = cache.recall(keys, passage)
         k_features = self.far_keys(keys)
         if self.features:
             lam_query = getattr(self, "lam_query", None)
@@ -252,11 +249,8 @@ class LinearAttention(nn.Module):
         if ancestors is not None:
             cache.draft = Draft(new, self.far_keys)
         elif cache is not None:
-            phi_k, gates = (None, None) if k_features is None else (k_features.phi, k_features.gates)
-            if steps and self.config.ring_size and cache.far is None:
-                cache.step(keys, phi_k, gates, tokens)
-            else:
-                cache.append(keys, phi_k, gates, tokens, k.shape[2], segments)
+            takes_in = cache.step if steps and self.config.ring_size and cache.far is None else cache.append
+            takes_in(keys, k_features, passage)
         return out
 
     def far_keys(self, keys: dict[str, Tensor]) -> Features | None:
@@ -265,16 +259,7 @@ class LinearAttention(nn.Module):
             return None
         # Unit keys: what is written under a key by the delta rule is read back under it.
         unit, token_gates = self.config.state == "delta", getattr(self, "gates", None)
-        return Features(keys.get("raw", keys["k"]), self.phi_k, unit, token_gates=token_gates)
-
-    def _locate(self, k: Tensor, segments: Tensor | None, cache: LinearCacheLayer | None) -> Tokens:
-        batch, _, length, _ = k.shape
-        if cache is None or (cache.seen == 0 and segments is None):
-            return whole_sequences(segments, batch, length, k.device)
-        if segments is not None:
-            return locate(segments, cache.segment, cache.length)
-        position = cache.length[:, None] + torch.arange(length, device=k.device)
-        return Tokens(torch.zeros_like(position), position)
+        return Features(keys["raw" if "raw" in keys else "k"], self.phi_k, unit, token_gates=token_gates)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, features={self.features}" + (

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .config import LinearAttentionConfig
-from .kernels import Features, Gates, State, fold, triton_kernels
+from .kernels import Features, State, fold, triton_kernels
+from .passage import Passage
 from .softmax import SoftmaxMemory
-from .tokens import PADDING, Tokens
+from .tokens import PADDING, Tokens, nothing
 
 
 @dataclass
@@ -35,6 +36,13 @@ class Draft:
     far: dict[str, Tensor] | None = None
 
 
+@dataclass
+class Shared:
+    """What the layers of a cache have in common: the latest passage, for the next layer of the same forward pass."""
+
+    passage: Passage | None = None
+
+
 class LinearCacheLayer(CacheLayerMixin):
     """The memory of one layer. B rows, R ring slots, s sinks.
 
@@ -48,7 +56,8 @@ class LinearCacheLayer(CacheLayerMixin):
             has changed the cache since then.
         ancestors: [T, T] of a draft tree while its nodes go through the model (`LinearCache.verifying`).
         memory: the kept heads' tokens, which alone grow (up to `config.kept_tokens`).
-        length, count, segment: [B], tokens of the current document, those in the ring, the document's segment.
+        length, count, segment: [B], tokens of the current document, those in the ring, the document's segment. Layers
+            may have the same tensors, while fused steps write into their own.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
     """
 
@@ -56,9 +65,9 @@ class LinearCacheLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, config: LinearAttentionConfig):
+    def __init__(self, config: LinearAttentionConfig, shared: Shared | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.shared = config, shared or Shared()
         self.reset()
 
     def reset(self) -> None:
@@ -72,110 +81,80 @@ class LinearCacheLayer(CacheLayerMixin):
         self.memory = SoftmaxMemory(self.config.sinks, self.config.kept_tokens)
         self.seen = 0
 
-    def lazy_initialization(self, new: dict[str, Tensor], phi_k: Tensor | None) -> None:
-        first = new["v"]
-        batch, heads, _, value_dim = first.shape
-
-        def empty(slots):
-            return {name: x.new_zeros(batch, heads, slots, x.shape[-1]) for name, x in new.items()}
-
-        self.ring, self.sinks = empty(self.config.ring_size), empty(self.config.sinks)
-        if phi_k is not None:
+    def lazy_initialization(self, value_states: Tensor, heads: int, features: int) -> None:
+        """For values like these [B, .., D_v], a state of so many heads and features; none without features."""
+        batch, device, value_dim = len(value_states), value_states.device, value_states.shape[-1]
+        if features:
             # bf16 sums stop growing after some 2^8 increments.
-            dtype = torch.promote_types(first.dtype, torch.float32)
-            features = phi_k.shape[-1]
+            dtype = torch.promote_types(value_states.dtype, torch.float32)
             self.state = State(
-                first.new_zeros(batch, heads, features, value_dim, dtype=dtype),
-                first.new_zeros(batch, heads, features, dtype=dtype),
+                value_states.new_zeros(batch, heads, features, value_dim, dtype=dtype),
+                value_states.new_zeros(batch, heads, features, dtype=dtype),
             )
-        self.length, self.count, self.segment = (
-            torch.zeros(batch, dtype=torch.long, device=first.device) for _ in range(3)
-        )
+        self.length = self.count = self.segment = nothing(batch, device, torch.is_inference_mode_enabled())
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Hands new keys and values through: the attention function called next does the work, with queries."""
         return key_states, value_states
 
-    def recall(self, new: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tokens]:
-        """Sinks and ring followed by `new`, and document and position of the remembered part: nothing before the first
-        token, so that a prompt is a whole sequence to the kernels."""
-        if self.seen == 0:
-            return new, Tokens(self.length.new_zeros(len(self.length), 0), self.length.new_zeros(len(self.length), 0))
-        slots = self.ring["v"].shape[2]
-        index = torch.arange(slots, device=self.length.device)
-        start = (self.length - self.count)[:, None]
-        position = start + index
-        sink = torch.arange(self.config.sinks, device=self.length.device).expand(len(self.length), -1)
-        held = torch.cat([sink < start, index < self.count[:, None]], dim=1)
-        tokens = Tokens(torch.where(held, 0, PADDING), torch.cat([sink, position], dim=1))
-        slot = position % max(slots, 1)
-        return {
-            name: torch.cat([self.sinks[name], _pick(self.ring[name], slot), x], dim=2) for name, x in new.items()
-        }, tokens
+    def passage(
+        self, new: int, segments: Tensor | None = None, ancestors: Tensor | None = None, path: Tensor | None = None
+    ) -> Passage:
+        """Of `new` tokens, the same object for all layers of a forward pass; `segments` and `ancestors` are those of
+        the layer, `path` that of `accept`."""
+        slots, clock = self.ring["v"].shape[2] if self.ring else 0, (self.length, self.count, self.segment)
+        given = (segments, ancestors, path), (self.config, self.seen, slots, new)
+        if self.shared.passage is None or not self.shared.passage.is_of(clock, *given):
+            self.shared.passage = Passage(clock, *given)
+        return self.shared.passage
 
-    def append(
-        self,
-        keys: dict[str, Tensor],
-        phi_k: Tensor | None,
-        gates: Gates | None,
-        tokens: Tokens,
-        new: int,
-        segments: Tensor | None,
-    ) -> None:
-        """Take in the last `new` tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
+    def recall(self, new: dict[str, Tensor], passage: Passage) -> dict[str, Tensor]:
+        """Sinks and ring followed by `new`: nothing before the first token, so that a prompt is a whole sequence to the
+        kernels."""
+        if passage.order is None:
+            return new
+        return {
+            name: torch.cat([self.sinks[name], _pick(self.ring[name], passage.order), x], dim=2)
+            for name, x in new.items()
+        }
+
+    def append(self, keys: dict[str, Tensor], features: Features | None, passage: Passage) -> None:
+        """Take in the new tokens among `keys` (what `recall` returned); what leaves the ring enters the state.
 
         Args:
-            phi_k: [B, H_kv, K, F], gates and tokens: of all keys; segments: [B, T] of the new ones.
+            features: of all keys, or None without far branch.
         """
-        sinks, ring_size = self.config.sinks, self.config.ring_size
-        document, position = tokens.document, tokens.position
-        remembered = document.shape[1] - new
-        current = document[:, remembered:].amax(1, keepdim=True).clamp(min=0)
-        continues = (current == 0).squeeze(1)
-        added = (document[:, remembered:] == current).sum(1)
-        self.length = self.length * continues + added
-        self.count = (self.count * continues + added).clamp(max=self.config.ring_size)
-        start = (self.length - self.count)[:, None]
-
-        belongs = document == current
-        leaves = belongs & (position < start)
-        is_sink = position < sinks
-        if phi_k is not None:
-            # The oldest leave, as many as are new at most and those that fused steps have left in more slots; they are
-            # in the ring unless the new ones overrun it.
-            leaving = new + self.ring["v"].shape[2] - ring_size
-            part = slice(sinks, sinks + leaving) if remembered and new <= ring_size else slice(None)
-            keep = continues[:, None, None]
-            self.state = State(self.state.S * keep[..., None], self.state.z * keep)
-            self._fold(keys, phi_k, gates, tokens, leaves[:, part], part)
-        self.ring = _place(keys, belongs & ~leaves, position % max(ring_size, 1), ring_size)
-        self.sinks = _place(keys, belongs & is_sink, position, sinks)
-        if segments is None:
-            self.segment = torch.ones_like(self.segment)
-        else:
-            index = torch.arange(segments.shape[1], device=segments.device)
-            last = torch.where(segments > 0, index, -1).amax(1)
-            latest = segments.gather(1, last.clamp(min=0)[:, None]).squeeze(1)
-            self.segment = torch.where(last >= 0, latest, self.segment)
+        if features is not None:
+            part, leaving = passage.leaving
+            if passage.continues is not None:
+                keep = passage.continues[:, None, None]
+                self.state = State(self.state.S * keep[..., None], self.state.z * keep)
+            if leaving is not None:
+                self.state = fold(features.part(part), keys["v"][:, :, part], self.state, leaving, self.config)
+        ring, sinks = passage.places
+        self.ring = {name: _pick(x, ring) for name, x in keys.items()}
+        self.sinks = {name: _pick(x, sinks) for name, x in keys.items()}
+        self.length, self.count, self.segment = passage.after
         self.far = None
-        self.seen += new
+        self.seen += passage.new.document.shape[1]
 
-    def step(self, keys: dict[str, Tensor], phi_k: Tensor | None, gates: Gates | None, tokens: Tokens) -> None:
+    def step(self, keys: dict[str, Tensor], features: Features | None, passage: Passage) -> None:
         """`append` of one new token in every row, not after fused steps: nothing is moved but that token and the one
         that leaves the ring."""
         sinks, ring_size = self.config.sinks, self.config.ring_size
-        if phi_k is not None:
+        if features is not None:
             oldest = slice(sinks, sinks + 1)
-            self._fold(keys, phi_k, gates, tokens, (self.count == ring_size)[:, None], oldest)
+            leaving = torch.where(self.count == ring_size, 0, PADDING)[:, None]
+            leaving = Tokens(leaving, passage.tokens.position[:, oldest])
+            self.state = fold(features.part(oldest), keys["v"][:, :, oldest], self.state, leaving, self.config)
         is_sink = torch.arange(sinks, device=self.length.device) == self.length[:, None]
         slot = (self.length % ring_size)[:, None]
         for name, x in keys.items():
             self.ring[name] = _write(self.ring[name], slot, x[:, :, -1:])
             if sinks:
                 self.sinks[name] = torch.where(is_sink[:, None, :, None], x[:, :, -1:], self.sinks[name])
-        self.length, self.count = self.length + 1, (self.count + 1).clamp(max=ring_size)
-        self.segment = torch.ones_like(self.segment)
+        self.length, self.count, self.segment = passage.after
         self.seen += 1
 
     def advance(self, added: Tensor | int, columns: int) -> None:
@@ -184,17 +163,6 @@ class LinearCacheLayer(CacheLayerMixin):
         self.count.add_(added).clamp_(max=self.config.ring_size)
         self.segment.fill_(1)
         self.seen += columns
-
-    def _fold(self, keys, phi_k, gates, tokens, leaves: Tensor, part: slice) -> None:
-        """Those of `part` of the keys that leave [B, part] enter the state."""
-        self.state = fold(
-            phi_k[:, :, part],
-            keys["v"][:, :, part],
-            None if gates is None else gates.map(lambda x: x[:, :, part]),
-            self.state,
-            Tokens(torch.where(leaves, 0, PADDING), tokens.position[:, part]),
-            self.config,
-        )
 
     def accept(self, path: Tensor) -> None:
         """Commit nodes of the tree that the last forward verified.
@@ -210,15 +178,9 @@ class LinearCacheLayer(CacheLayerMixin):
         if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path.shape[1]):
             triton_kernels.step.accept(self, draft.keys, draft.far, path)
             return
-        keys, past = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()})
-        depth = torch.arange(path.shape[1], device=path.device)
-        tokens = Tokens(
-            torch.cat([past.document, torch.where(path >= 0, 0, PADDING)], dim=1),
-            torch.cat([past.position, self.length[:, None] + depth], dim=1),
-        )
-        features = draft.describe(keys)
-        phi_k, gates = (None, None) if features is None else (features.phi, features.gates)
-        self.append(keys, phi_k, gates, tokens, path.shape[1], None)
+        passage = self.passage(path.shape[1], path=path)
+        keys = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()}, passage)
+        self.append(keys, draft.describe(keys), passage)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row, exactly.
@@ -292,11 +254,11 @@ class LinearCache(Cache):
 
     def __init__(self, model):
         config = model.config.get_text_config(decoder=True)
-        layers = DynamicCache(config=config).layers
+        layers, shared = DynamicCache(config=config).layers, Shared()
         for layer_idx, attention in model.linear_attentions().items():
             while len(layers) <= layer_idx:
                 layers.append(None)
-            layers[layer_idx] = LinearCacheLayer(attention.config)
+            layers[layer_idx] = LinearCacheLayer(attention.config, shared)
         super().__init__(layers=layers)
 
     @property
@@ -334,15 +296,6 @@ class LinearCache(Cache):
         for layer in self.layers:
             if isinstance(layer, LinearCacheLayer):
                 layer.accept(path)
-
-
-def _place(keys: dict[str, Tensor], chosen: Tensor, slot: Tensor, slots: int) -> dict[str, Tensor]:
-    """[B, H_kv, slots, ..] with the `chosen` [B, K] tokens at their `slot`; other slots hold anything."""
-    batch, length = chosen.shape
-    source = torch.zeros(batch, slots + 1, dtype=torch.long, device=chosen.device)
-    index = torch.arange(length, device=chosen.device).expand(batch, -1)
-    source = source.scatter(1, torch.where(chosen, slot, slots), index)[:, :slots]
-    return {name: _pick(x, source) for name, x in keys.items()}
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -165,7 +165,10 @@ def remember(step) -> float:
     slots, room = max(SLOTS, 1 << (longest + nodes - 1).bit_length()), math.inf
     for index, linear in step.model.linear_attentions().items():
         layer, limit = step.cache.layers[index], linear.config.kept_tokens
-        if linear.heads and layer.far is None:
+        if not linear.heads:
+            # What steps write into is this layer's alone.
+            layer.length, layer.count, layer.segment = layer.length.clone(), layer.count.clone(), layer.segment.clone()
+        elif layer.far is None:
             triton_kernels.step.remember(linear, layer)
         if linear.kept:
             layer.memory.reserve(slots if limit is None else limit + nodes)

@@ -138,7 +138,9 @@ class LinearizedMixin:
 
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
-        return {index: module.linear_attention for index, module in attention_modules(self).items()}
+        # What `attention_modules` found at installation, without its look at each module's code.
+        modules = [module for module in self.modules() if "linear_attention" in module._modules]
+        return {module.layer_idx: module.linear_attention for module in modules}
 
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
     speculate = staticmethod(speculate)

@@ -50,8 +50,8 @@ def whole_sequences(segments: Tensor | None, batch: int, length: int, device: to
     if segments is None:
         return _single_documents(batch, length, device, torch.is_inference_mode_enabled())
     if segments not in _located:
-        nothing = torch.zeros(batch, dtype=torch.long, device=device)
-        _located[segments] = locate(segments, nothing, nothing)
+        start = nothing(batch, device, torch.is_inference_mode_enabled())
+        _located[segments] = locate(segments, start, start)
     return _located[segments]
 
 
@@ -60,9 +60,15 @@ _located = WeakTensorKeyDictionary()
 
 # Tensors made in inference mode cannot take part in training.
 @lru_cache(maxsize=4)
+def nothing(batch: int, device: torch.device, inference: bool) -> Tensor:
+    """[batch] zeros, the lengths of rows without tokens; the same object for all layers."""
+    return torch.zeros(batch, dtype=torch.long, device=device)
+
+
+@lru_cache(maxsize=8)
 def _single_documents(batch: int, length: int, device: torch.device, inference: bool) -> Tokens:
     position = torch.arange(length, device=device).expand(batch, -1)
-    return Tokens(torch.zeros_like(position), position, whole=True)
+    return Tokens(position.new_zeros(()).expand_as(position), position, whole=True)
 
 
 def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Tokens:

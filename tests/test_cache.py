@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linearize.layers.attention import LinearAttention
-from linearize.layers.cache import LinearCacheLayer
+from linearize.layers.cache import LinearCacheLayer, Shared
 from linearize.layers.config import LinearAttentionConfig
 
 from .layers import (
@@ -126,6 +126,32 @@ def test_reset_forgets():
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(run_split(layer, x, [17, 30], cache), run(layer, x))
     assert cache.get_seq_length() == 30
+
+
+@pytest.mark.parametrize("length", [3, 30])
+def test_layers_share_what_they_have_in_common_alone(length):
+    """Some stand alike by the same numbers, some by equal ones, as after fused steps, and some stand elsewhere."""
+    layer, shared = make_layer(CACHED), Shared()
+    x = Sequence.random(2, length + 60)
+    caches, alone = ([LinearCacheLayer(CACHED, *one) for _ in range(4)] for one in ((shared,), ()))
+    for cache in (*caches, *alone):
+        run(layer, x[:length], cache=cache)
+    assert all(cache.length is caches[0].length for cache in caches)
+    caches[1].length, caches[1].count, caches[1].segment = (
+            y.clone() for y in (caches[0].length, caches[0].count, caches[0].segment)
+        )
+    for several in (caches, alone):
+        several[2].crop(-2)
+        several[3].seen += 1  # a column of padding
+    for start, end in ((length, length + 4), (length + 4, length + 5), (length + 5, length + 60)):
+        for cache, expected in zip(caches, alone, strict=True):
+            torch.testing.assert_close(
+                run(layer, x[start:end], cache=cache), run(layer, x[start:end], cache=expected), rtol=0, atol=0
+            )
+    for cache, expected in zip(caches, alone, strict=True):
+        assert_same_memory(row_of(cache, 1), row_of(expected, 1))
+    assert caches[1].length is caches[0].length
+    assert caches[2].length is not caches[0].length is not caches[3].length
 
 
 def test_memory_does_not_grow():

@@ -15,7 +15,7 @@ from linearize.layers.feature_maps import FEATURE_MAPS
 from linearize.layers.kernels import State
 from linearize.layers.kernels.fused import gated
 from linearize.layers.kernels.fused import segments as cut
-from linearize.layers.tokens import PADDING, Tokens
+from linearize.layers.tokens import PADDING, Tokens, whole_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AUGMENTED = replace(PRESETS["augmented"], sink_distance=30)
@@ -224,21 +224,40 @@ def test_the_state_after_many_keys(name, chunks, in_segments, without_gradients)
     in_segments(chunks)
     config = CONFIGS[name]
     layer, inputs = make(replace(config, feature_expansion=1, feature_dim=24), kv_heads=2, batch=2)
-    _, _, v, _, raw_k, _ = (x.double() for x in inputs)
-    layer = layer.double()
-    phi_k = torch.nn.functional.normalize(layer.phi_k(raw_k), dim=-1)
-    gates = layer.gates(raw_k) if config.state != "additive" else None
+    _, k, v, _, raw_k, _ = (x.double() for x in inputs)
+    features = deepcopy(layer).double().far_keys({"k": k, "raw": raw_k})
+    single = layer.far_keys({"k": k, "raw": raw_k.float()})
     position = torch.arange(200, device=DEVICE).repeat(2, 1)
     position[:, 4:] += 700
     document = torch.zeros_like(position)
     document[1, 120:] = PADDING
     S = torch.rand(2, 2, 24, 16, dtype=torch.float64, device=DEVICE)
     state, tokens = State(S, S.sum(-1)), Tokens(document, position)
-    expected = kernels.fold(phi_k, v, gates, state, tokens, config)
-    single = None if gates is None else gates.map(lambda x: x.float())
-    actual = gated.end_state(phi_k.float(), v.float(), single, State(S.float(), S.sum(-1).float()), tokens, config)
+    expected = kernels.fold(features, v, state, tokens, config)
+    actual = gated.end_state(single, v.float(), State(S.float(), S.sum(-1).float()), tokens, config)
     close(actual.S, expected.S, TOLERANCE[torch.float32], "S")
     close(actual.z, expected.z, TOLERANCE[torch.float32], "z")
+
+
+@pytest.mark.parametrize("length", [3, 150])
+@pytest.mark.parametrize("chunks", [1, 9])
+@pytest.mark.parametrize("name", ["augmented", "decay", "additive"])
+def test_the_state_after_first_tokens(name, chunks, length, in_segments, maps_inside, without_gradients):
+    """Nobody has asked for features of them, which are made with the state then."""
+    in_segments(chunks)
+    config = CONFIGS[name]
+    layer, (_, k, v, _, raw_k, _) = make(config, kv_heads=2, batch=2)
+    part, width = slice(0, length), layer.features
+    features = deepcopy(layer).double().far_keys({"k": k.double(), "raw": raw_k.double()})
+    single = layer.far_keys({"k": k, "raw": raw_k}).part(part)
+    S = torch.zeros(2, 2, width, 16, device=DEVICE)
+    tokens = whole_sequences(None, 2, length, v.device)
+    exact_state = State(S.double(), S.sum(-1).double())
+    expected = kernels.fold(features.part(part), v.double()[:, :, part], exact_state, tokens, config)
+    actual = gated.end_state(single, v[:, :, part], State(S, S.sum(-1)), tokens, config)
+    assert not single.is_computed
+    for name in ("S", "z"):
+        close(getattr(actual, name), getattr(expected, name), TOLERANCE[torch.float32], name)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="minutes in the interpreter")

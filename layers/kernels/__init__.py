@@ -6,7 +6,7 @@ takes the fastest that can do it, the last such entry of `BACKENDS`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import SimpleNamespace
 
@@ -71,6 +71,18 @@ class Features:
     @property
     def gates(self) -> Gates | None:
         return self._computed[1]
+
+    @property
+    def is_computed(self) -> bool:
+        return "_computed" in vars(self)
+
+    def part(self, tokens: slice) -> "Features":
+        """Of some of the tokens."""
+        some = replace(self, x=self.x[:, :, tokens])
+        if self.is_computed:
+            gates = None if self.gates is None else self.gates.map(lambda x: x[:, :, tokens])
+            some._computed = self.phi[:, :, tokens], gates
+        return some
 
 
 @dataclass
@@ -198,21 +210,20 @@ def chunked(problem: Problem) -> Tensor:
     return out[:, :, problem.past :]
 
 
-def fold(
-    phi_k: Tensor, v: Tensor, gates: Gates | None, state: State, tokens: Tokens, config: LinearAttentionConfig
-) -> State:
+def fold(features: Features, v: Tensor, state: State, tokens: Tokens, config: LinearAttentionConfig) -> State:
     """The state after some keys have entered it.
 
     Args:
-        phi_k: [B, H_kv, K, F]; v: [B, H_kv, K, D_v]; gates: of the keys.
+        features: of the keys; v: [B, H_kv, K, D_v].
         tokens: of the keys, all of document 0 or else padding, which does not enter; neither do sinks.
     """
     many = v.shape[2] > chunk_size(config)
     gated = triton_kernels.gated
-    if many and gated is not None and gated.folds(phi_k, v, config):
-        return gated.end_state(phi_k, v, gates, state, tokens, config)
+    # The few that leave in a decoding step do so in single precision.
+    if (many or tokens.whole) and gated is not None and gated.folds(features, v, config):
+        return gated.end_state(features, v, state, tokens, config)
     dtype = state.S.dtype
-    phi_k, v = phi_k.to(dtype), v.to(dtype)
+    phi_k, v, gates = features.phi.to(dtype), v.to(dtype), features.gates
     if many:
         return fold_sequence(phi_k, v, gates, state, tokens, config)
     enters = tokens.valid & (tokens.position >= config.sinks)

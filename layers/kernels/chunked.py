@@ -77,24 +77,6 @@ class Layout:
         self.follows[:, 1:] = self.document[:, 1:] == self.document[:, :-1]
 
         self.sinks = sinks
-        # (B, chunks, chunks): one where column is the first chunk of row's document, None where that is chunk 0. A
-        # product with it picks sinks; the gradient of indexing would sum equal indices one after the other.
-        self.owner = nn.functional.one_hot(self.first_chunk, self.chunks) if self.first_chunk.any() else None
-        # One document that fills all slots needs no moving around.
-        index = torch.arange(length, device=device)
-        self.is_identity = self.chunks * size == length and bool((self.slot == index).all())
-        causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
-        visible = torch.cat(
-            [
-                # Sinks in the own or previous chunk are there already.
-                (self.index_in_document >= 2)[..., None, None].expand(-1, -1, size, sinks),
-                self.follows[..., None, None].expand(-1, -1, size, size),
-                causal.expand(batch, self.chunks, size, size),
-            ],
-            dim=-1,
-        ).flatten(0, 1)
-        self.visible = visible & self.tile_tokens(self.valid)[:, None, :]  # (B * chunks, C, sinks + 2 C)
-        self.tile_position = self.tile_tokens(self.position)  # (B * chunks, sinks + 2 C)
 
     @classmethod
     def of(cls, tokens: Tokens, size: int, sinks: int) -> "Layout":
@@ -102,6 +84,39 @@ class Layout:
         if (size, sinks) not in tokens.layouts:
             tokens.layouts[size, sinks] = cls(tokens, size, sinks)
         return tokens.layouts[size, sinks]
+
+    @cached_property
+    def owner(self) -> Tensor | None:
+        """[B, chunks, chunks]: one where column is the first chunk of row's document, None where that is chunk 0. A
+        product with it picks sinks; the gradient of indexing would sum equal indices one after the other."""
+        return nn.functional.one_hot(self.first_chunk, self.chunks) if self.first_chunk.any() else None
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """One document that fills all slots needs no moving around."""
+        index = torch.arange(self.slot.shape[1], device=self.slot.device)
+        return self.valid[0].numel() == len(index) and bool((self.slot == index).all())
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """[B * chunks, C, sinks + 2 C], of tiles."""
+        batch, chunks, size = self.valid.shape
+        causal = torch.ones(size, size, dtype=torch.bool, device=self.valid.device).tril()
+        visible = torch.cat(
+            [
+                # Sinks in the own or previous chunk are there already.
+                (self.index_in_document >= 2)[..., None, None].expand(-1, -1, size, self.sinks),
+                self.follows[..., None, None].expand(-1, -1, size, size),
+                causal.expand(batch, chunks, size, size),
+            ],
+            dim=-1,
+        ).flatten(0, 1)
+        return visible & self.tile_tokens(self.valid)[:, None, :]
+
+    @cached_property
+    def tile_position(self) -> Tensor:
+        """[B * chunks, sinks + 2 C]."""
+        return self.tile_tokens(self.position)
 
     @cached_property
     def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,7 +254,7 @@ def fold_sequence(
     phi_k: Tensor, v: Tensor, gates: Gates | None, state: State, tokens: Tokens, config: LinearAttentionConfig
 ) -> State:
     """`kernels.fold` for any number of keys."""
-    layout = Layout(tokens, chunk_size(config), config.sinks)
+    layout = Layout.of(tokens, chunk_size(config), config.sinks)
     return State.of(_Memory(layout, phi_k, layout.pack(v), gates, state, config).end)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..chunked import Layout, chunk_size
+from ..chunked import chunk_size
 from .features import Hedgehog, computed_in, fuses
 from .gated_attend import SINK_ROWS, forward
 from .gated_backward import backward_conv, backward_far, backward_keys, backward_queries, backward_states
@@ -61,7 +61,7 @@ def attention(problem) -> Tensor:
     """[B, H, T, D_v] in the dtype of v, differentiable; of a problem that `refuses` has nothing against."""
     dtype, config = problem.v.dtype, problem.config
     sink_q = problem.sink_q.to(dtype) if config.sinks and problem.sink_q is not None else None
-    kinds, tensors = _far(problem, dtype)
+    kinds, tensors = _far([problem.q_features, problem.k_features], dtype)
     # A function's context does not know of `no_grad`.
     stores = torch.is_grad_enabled()
     return _Attention.apply(
@@ -70,14 +70,15 @@ def attention(problem) -> Tensor:
     )  # fmt: skip
 
 
-def _far(problem, dtype: torch.dtype) -> tuple[list | None, list]:
-    """What features and gates are made of, as many tensors of queries as of keys, and how; or, with None, what they are
+def _far(sides: list, dtype: torch.dtype) -> tuple[list, list]:
+    """Of `Features`, how they are made, and what of, gates too, as many tensors of each; or, with None, what they are
     (`_sides` takes both)."""
-    sides = problem.q_features, problem.k_features
-    if not all(_made_here(side, dtype) for side in sides):
-        phi_q, phi_k = problem.phi_q.to(dtype), problem.phi_k.to(dtype)
-        return None, [phi_q, None, None, phi_k, *_gates(problem.gates, phi_k)]
     tensors = []
+    if not all(_made_here(side, dtype) for side in sides):
+        for side in sides:
+            gates = (None, None) if side.gates is None else (side.gates.log_decay, side.gates.beta)
+            tensors += [side.phi.to(dtype), *gates]
+        return [None] * len(sides), tensors
     for side in sides:
         gates = (None, None) if side.token_gates is None else (side.token_gates.weight, side.token_gates.bias)
         tensors += [side.x.to(dtype), side.map.weight, side.lam_query, *gates]
@@ -86,37 +87,32 @@ def _far(problem, dtype: torch.dtype) -> tuple[list | None, list]:
 
 def _made_here(side, dtype: torch.dtype) -> bool:
     """Whether features can be made segment by segment, and nobody has asked for all of them."""
-    return fuses(side.x, side.map) and computed_in(side.x) == dtype and "_computed" not in vars(side)
+    return fuses(side.x, side.map) and computed_in(side.x) == dtype and not side.is_computed
 
 
-def folds(phi_k: Tensor, v: Tensor, config) -> bool:
+def folds(features, v: Tensor, config) -> bool:
     """Whether `end_state` can do this."""
     return (
         v.is_cuda and v.dtype in DTYPES and chunk_size(config) == 64 and v.shape[-1] % 16 == 0 and v.shape[-1] <= 128
-        and phi_k.shape[-1] <= (256 if v.dtype == torch.bfloat16 else 128) and not torch.is_grad_enabled()
+        and features.map.dim <= (256 if v.dtype == torch.bfloat16 else 128) and not torch.is_grad_enabled()
     )  # fmt: skip
 
 
-def end_state(phi_k: Tensor, v: Tensor, gates, state, tokens, config):
+def end_state(features, v: Tensor, state, tokens, config):
     """`kernels.fold` of many keys."""
-    layout = Layout(tokens, chunk_size(config), config.sinks)
-    batch, kv_heads, length, features = phi_k.shape
-    shape = Shape(config, v.device, batch, kv_heads, kv_heads, 0, features, length, 0, 1.0, layout.chunks,
-                  *layout.gathered)  # fmt: skip
+    batch, kv_heads, length, value_dim = v.shape
+    width = features.map.dim
+    shape = Shape(
+        config, v.device, batch, kv_heads, kv_heads, 0, width, length, 0, 1.0, *Shape.layout_of(tokens, config)
+    )
     v = rows_last(v)
-    constants = _constants(shape, v.shape[-1], v.dtype)
-    keys = Given(phi_k.to(v.dtype), _gates(gates, phi_k), 0, shape.source, constants["BF"])
+    constants = _constants(shape, value_dim, v.dtype)
+    (keys,) = _sides(shape, constants["BF"], *_far([features], v.dtype))
     numbers, start = _Numbers.of(shape, constants), _padded(state, constants["BF"], constants["BV"])
     for segment in segments_of(shape):
         start = _States.of(keys, v, numbers, start, shape, constants, segment, each=False, stores=False).end
     S, z = (x.unflatten(0, (batch, kv_heads)) for x in start)
-    return type(state)(S[:, :, :features, : v.shape[-1]].contiguous(), z[:, :, :features].contiguous())
-
-
-def _gates(gates, phi_k: Tensor) -> tuple[Tensor, Tensor | None]:
-    if gates is None:
-        return torch.zeros(phi_k.shape[:3], device=phi_k.device), None
-    return gates.log_decay, gates.beta
+    return type(state)(S[:, :, :width, :value_dim].contiguous(), z[:, :, :width].contiguous())
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -208,8 +204,10 @@ def _padded(state, columns: int, width: int) -> tuple[Tensor, Tensor]:
     """S [R, BF, BV] and z [R, BF]."""
     S, z = state.S.flatten(0, 1).float(), state.z.flatten(0, 1).float()
     more = columns - S.shape[1]
-    pad = torch.nn.functional.pad
-    return pad(S, (0, width - S.shape[2], 0, more)).contiguous(), pad(z, (0, more)).contiguous()
+    if more or width > S.shape[2]:
+        pad = torch.nn.functional.pad
+        S, z = pad(S, (0, width - S.shape[2], 0, more)), pad(z, (0, more))
+    return S.contiguous(), z.contiguous()
 
 
 def _constants(shape: Shape, value_dim: int, dtype: torch.dtype) -> dict:
@@ -227,16 +225,17 @@ def _without(constants: dict, *names: str) -> dict:
     return {name: x for name, x in constants.items() if name not in names}
 
 
-def _sides(shape: Shape, columns: int, kinds: list | None, tensors) -> list:
-    """What makes features of queries and of keys, of what `_far` gives."""
-    half = len(tensors) // 2
-    sides = []
-    for number, (x, *few) in enumerate((tensors[:half], tensors[half:])):
-        past = 0 if number else shape.past
-        if kinds is None:
+def _sides(shape: Shape, columns: int, kinds: list, tensors) -> list:
+    """What makes features of queries and of keys, or of keys alone, of what `_far` gives."""
+    size, sides = len(tensors) // len(kinds), []
+    for number, kind in enumerate(kinds, start=1):
+        x, *few = tensors[size * (number - 1) : size * number]
+        # Keys come last, and are all tokens.
+        past = 0 if number == len(kinds) else shape.past
+        if kind is None:
             sides.append(Given(x, few, past, shape.source, columns))
         else:
-            sides.append(Hedgehog(x, few, *kinds[number], past, shape.source, columns))
+            sides.append(Hedgehog(x, few, *kind, past, shape.source, columns))
     return sides
 
 

@@ -36,7 +36,7 @@ def invert(A, C: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _faded(G):
+def fading(G):
     """exp(G_i - G_j) where key j is before i, else 0."""
     size: tl.constexpr = G.shape[0]
     before = tl.arange(0, size)[:, None] > tl.arange(0, size)[None, :]
@@ -66,7 +66,7 @@ def prepare(
         for f in tl.static_range(0, BF, BLOCK_F):
             phis = phi.load([place, f])
             A = tl.dot(phis, tl.trans(phis), A, input_precision=P)
-        A = A * strength[:, None] * _faded(sums)
+        A = A * strength[:, None] * fading(sums)
         solve = invert(A, C, "ieee" if dtype == tl.float32 else "tf32x3")
         if STORE:
             inverse.store([place, 0], solve.to(dtype))
@@ -276,7 +276,7 @@ def prepare_back(
         for f in tl.static_range(0, BF, BLOCK_F):
             phis = phi.load([place, f])
             S = tl.dot(phis, tl.trans(phis), S, input_precision=P)
-        faded = _faded(sums)
+        faded = fading(sums)
         along = dA * S * faded
         dstrength += tl.sum(along, axis=1)
         along = along * strength[:, None]

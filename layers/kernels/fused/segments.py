@@ -110,4 +110,5 @@ class Given:
         self.gates = dlog_decay, dbeta
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        return self.dphi, *self.gates
+        given = zip((self.log_decay, self.beta), self.gates, strict=True)
+        return self.dphi, *(None if x is None else dx for x, dx in given)

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...config import LinearAttentionConfig
+from ...tokens import Tokens
 from ..chunked import Layout, chunk_size
 
 # Programs that a launch is cut into, about: where states are carried from chunk to chunk, and where chunks are on their
@@ -46,18 +47,21 @@ class Shape:
 
     @classmethod
     def of(cls, problem) -> "Shape":
-        config = problem.config
         batch, heads, queries, dim = problem.q.shape
         kv_heads, tokens = problem.k.shape[1:3]
-        size = chunk_size(config)
-        chunks, layout = triton.cdiv(tokens, size), ()
-        if not problem.keys.whole:
-            found = Layout.of(problem.keys, size, config.sinks)
-            chunks, layout = found.chunks, found.gathered
         return cls(
-            config, problem.q.device, batch, heads, kv_heads, dim, problem.k_features.map.dim, tokens, tokens - queries,
-            problem.scale, chunks, *layout,
+            problem.config, problem.q.device, batch, heads, kv_heads, dim, problem.k_features.map.dim, tokens,
+            tokens - queries, problem.scale, *cls.layout_of(problem.keys, problem.config),
         )  # fmt: skip
+
+    @staticmethod
+    def layout_of(keys: Tokens, config: LinearAttentionConfig) -> tuple:
+        """The fields from `chunks` on."""
+        size = chunk_size(config)
+        if keys.whole:
+            return (triton.cdiv(keys.document.shape[1], size),)
+        layout = Layout.of(keys, size, config.sinks)
+        return layout.chunks, *layout.gathered
 
     def segments(self, rows: int, programs: int) -> tuple[int, int]:
         """How many segments `rows` sequences of chunks are cut into, and the chunks of each."""

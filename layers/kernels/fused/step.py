@@ -12,15 +12,14 @@ import triton
 from torch import Tensor
 
 from ...config import FAR_UNIT
-from ...tokens import Tokens
-from ..memory import far_values
-from . import tree_accept, tree_attend, tree_enter
+from . import step_remember, tree_accept, tree_attend, tree_enter
 from .additive import DTYPES, MAPS
 from .shape import strides
 from .step_attend import attend
 from .step_enter import enter
 
-# Rows whose features a program computes, where there are many: the fewest that tensor cores take.
+# Rows whose features a program computes, where there are many, or keys that it takes at once: the fewest that tensor
+# cores take.
 ROWS = 16
 # Tokens that enter the state at once. While steps are done here the ring has so many slots more than without; a state
 # is then written at every 16th step only, which is a third of all bytes saved.
@@ -65,30 +64,28 @@ def remember(layer, cache) -> None:
     Per slot, `phi` [B, H_kv, R, F]; for the delta rule also the gates `log_decay` and `beta` [B, H_kv, R], and what a
     key leaves in the state, `u` [B, H_kv, R, D_v] and `mass` [B, H_kv, R].
     """
-    config, sinks = layer.config, layer.config.sinks
-    keys, tokens = cache.recall({name: x[:, :, :0] for name, x in cache.ring.items()})
-    keys = {name: x[:, :, sinks:] for name, x in keys.items()}
-    tokens = Tokens(tokens.document[:, sinks:], tokens.position[:, sinks:])
-    features = layer.far_keys(keys)
-    phi = features.phi
-    if config.state != "delta":
-        far = {"phi": phi}
-    else:
-        gates = features.gates.where((tokens.valid & (tokens.position >= sinks))[:, None])
-        order = torch.ones(2 * phi.shape[2:3], dtype=torch.bool, device=phi.device).tril(-1)
-        precedes = order & tokens.valid[:, None, :] & tokens.valid[:, :, None]
-        u, _ = far_values(phi.float(), keys["v"].float(), gates, precedes, cache.state, tokens.valid)
-        far = {"phi": phi, "log_decay": gates.log_decay, "beta": gates.beta, "u": u[..., :-1], "mass": u[..., -1]}
-    slots = config.ring_size + FOLD
-    index = (torch.arange(slots, device=phi.device) - tokens.position[:, :1]) % slots
-    index = index.clamp(max=config.ring_size - 1)[:, None]
-
-    def place(x):
-        at = index.expand(-1, x.shape[1], -1)
-        return x.gather(2, at if x.dim() == 3 else at.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
-
-    cache.ring = {name: place(x) for name, x in keys.items()}
-    cache.far = {name: place(x) for name, x in far.items()}
+    config, ring, state = layer.config, cache.ring, cache.state
+    (batch, kv_heads, old_slots, value_dim), dim, width = ring["v"].shape, ring["k"].shape[3], layer.features
+    slots, delta, features = config.ring_size + FOLD, config.state == "delta", layer.far_keys(ring)
+    phi, gates = features.phi.contiguous(), (None, None)
+    cache.ring = {name: x.new_empty(batch, kv_heads, slots, x.shape[3]) for name, x in ring.items()}
+    cache.far = {"phi": phi.new_empty(batch, kv_heads, slots, width)}
+    if delta:
+        gates = features.gates.log_decay.contiguous(), features.gates.beta.contiguous()
+        cache.far["u"] = state.S.new_empty(batch, kv_heads, slots, value_dim)
+        cache.far |= {name: state.z.new_empty(batch, kv_heads, slots) for name in ("mass", "log_decay", "beta")}
+    # What steps write into is this layer's alone.
+    clock = cache.length.new_empty(3, batch)
+    columns = min(32, _block(value_dim))
+    step_remember.remember[triton.cdiv(value_dim, columns), batch * kv_heads](
+        ring["k"], ring["v"], ring.get("raw"), phi, *gates, state.S, state.z, cache.length, cache.count, cache.segment,
+        *(cache.ring.get(name) for name in ("k", "v", "raw")),
+        *(cache.far.get(name) for name in ("phi", "log_decay", "beta", "u", "mass")), clock, batch, old_slots, slots,
+        KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=columns, F=width, BF=_block(width), SINKS=config.sinks,
+        DELTA=delta, C=ROWS, P="tf32" if ring["v"].dtype == torch.bfloat16 else "ieee", num_warps=8,
+    )  # fmt: skip
+    cache.length, cache.count, cache.segment = clock
+    cache.shared.passage = None
 
 
 def _block(size: int, least: int = 16) -> int:
