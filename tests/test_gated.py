@@ -33,13 +33,13 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
 
 def tolerance_of(name, dtype):
     """In bfloat16, gradients of scores are differences; those by features pass two more roundings, which softmax's own
-    gradient, a difference too, enlarges (plain PyTorch on such features: 1.3e-2); and in the few numbers that all
-    tokens share, terms of both signs cancel."""
+    gradient, a difference too, enlarges (plain PyTorch in bfloat16 has 1.0e-2, of lam_query and raw_k); and in the few
+    numbers that all tokens share, terms of both signs cancel."""
     if dtype == torch.float32 or name in ("out", "v", "conv"):
         return TOLERANCE[dtype]
     if name in ("q", "k", "sink_q"):
         return 7.5e-3
-    return 1e-2 if name in ("raw_q", "raw_k", "lam_query") or name.startswith("phi") else 1e-1
+    return 1.1e-2 if name in ("raw_q", "raw_k", "lam_query") or name.startswith("phi") else 1e-1
 
 
 @pytest.fixture(autouse=True)
