@@ -64,17 +64,30 @@ def convert(
     only: Annotated[str | None, typer.Option(help="Run this stage alone.")] = None,
     start: Annotated[str | None, typer.Option("--from", help="Run this stage and those after it again.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted stage.")] = False,
+    launch: Annotated[
+        str, typer.Option(help="Start several processes: auto (one per GPU), none, accelerate or deepspeed.")
+    ] = "auto",
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many; without a GPU, so many on the CPU.")] = None,
 ):
     """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
     context = _context(recipe, overrides, out)
+    from linearize.convert import processes
+    from linearize.convert.launch import launch_workers, processes_wanted
     from linearize.convert.pipeline import run, stages_to_run
     from linearize.convert.plan import load_plan, make_plan, save_plan, show_memory, show_plan
 
-    todo = stages_to_run(context, only, start, resume)
+    wanted = 1 if processes.launched() else processes_wanted(launch, gpus)
+    processes.join()
+    console.quiet = not processes.is_main()
+    todo = processes.alone(stages_to_run, context, only, start, resume, max(wanted, processes.count()))
     if todo:
         plan = make_plan(context)
+        if wanted > 1:
+            # What can be told before is told by this process.
+            launch_workers(launch, wanted, sys.argv[1:], context.directory)
+            return
         show_plan(plan, console)
-        save_plan(plan, context.directory)
+        processes.alone(save_plan, plan, context.directory)
         run(context, todo, start)
     if (context.state("evaluate") or {}).get("status") == "done":
         from linearize.convert.report import results_table
@@ -371,8 +384,14 @@ def main() -> None:
         problems = [str(error)]
     else:
         return
-    for problem in problems:
-        errors.print(f"linearize: {problem}", markup=False, highlight=False)
+    # Of several processes, the first one speaks, and to whoever has launched them.
+    if os.environ.get("RANK", "0") == "0":
+        reason = os.environ.get("LINEARIZE_REASON")
+        if reason is not None:
+            Path(reason).write_text("\n".join(problems), "utf-8")
+        else:
+            for problem in problems:
+                errors.print(f"linearize: {problem}", markup=False, highlight=False)
     sys.exit(2)
 
 

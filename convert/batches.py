@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from linearize.convert.context import StageError
 from linearize.convert.data import with_labels
 from linearize.convert.facts import plant_facts
 from linearize.recipes.training import Training
@@ -62,6 +63,31 @@ def read_evenly(sources: Sequence[Iterator[Tensor]], tokens: int) -> list[Tensor
     return documents
 
 
+def shared(stage: str, section: Training, count: int) -> Training:
+    """What each of so many processes does of a stage: its part of the sequences of each step, in passes that are no
+    larger than `section` says.
+
+    Raises:
+        StageError: the sequences of a step, or of a phase, cannot be shared out.
+    """
+    if count == 1:
+        return section
+    if section.batch_size % count:
+        raise StageError(
+            f"{stage}.batch_size: {count} processes cannot share the {section.batch_size} sequences of a step; use a "
+            f"multiple of {count}"
+        )
+    part = section.batch_size // count
+    section = section.model_copy(update={"micro_batch_size": math.gcd(section.micro_batch_size or part, part)})
+    for _, length in section.phases:
+        if section.tokens_per_pass % length:
+            raise StageError(
+                f"{stage}.curriculum: sequences of {length} do not fill the {section.tokens_per_pass} tokens that each "
+                f"of {count} processes takes at once; use a larger batch_size, or fewer processes"
+            )
+    return section
+
+
 class TrainingBatches(Dataset):
     """The micro batches of a stage, in order: item i is the same on every run, so training resumes exactly.
 
@@ -75,7 +101,6 @@ class TrainingBatches(Dataset):
         sources: token ids of each source's documents; no more of them are read than the stage needs.
         section: of the stage.
         seed: of the order, recall, facts and position offsets.
-        processes: that share each step, each taking `section.batch_size` sequences.
         tokenizer: writes the facts, if `section.facts`.
 
     Raises:
@@ -83,10 +108,10 @@ class TrainingBatches(Dataset):
     """
 
     def __init__(
-        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, processes: int = 1, tokenizer=None
+        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, tokenizer=None
     ):
         self.section, self.seed, self.tokenizer = section, seed, tokenizer
-        passes_per_step = section.batch_size * section.length // section.tokens_per_pass * processes
+        passes_per_step = section.batch_size * section.length // section.tokens_per_pass
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
         documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)
         total, longest = sum(map(len, documents)), max(length for _, length in section.phases)

@@ -26,6 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from linearize.convert import processes
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import token_stream
 from linearize.convert.finetune import tune
@@ -107,7 +108,7 @@ def train_tuned_teacher(context: Context) -> None:
     if not (directory / WEIGHTS).is_file():
         torch.manual_seed(context.recipe.seed)
         tune(context, TUNED_STAGE, softmax_model(context))
-        shutil.rmtree(directory / "checkpoints")
+        processes.alone(shutil.rmtree, directory / "checkpoints")
 
 
 def tuned_teacher(context: Context) -> nn.Module:
@@ -164,7 +165,8 @@ def run(context: Context) -> Artifact:
     if recipe.evaluate.tuned_teacher:
         train_tuned_teacher(context)
     directory = context.stage_directory("evaluate")
-    results = measure_all(_models(context), _schedule(context, measures), context.console, directory / RESULTS)
+    schedule, path = _schedule(context, measures), directory / RESULTS
+    results = processes.alone(measure_all, _models(context), schedule, context.console, path)
     return Artifact(directory, results)
 
 

@@ -32,23 +32,24 @@ class NextTokenAndDistillation:
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)
         teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else logits.detach()
+        # A mean over the labels of each sequence, and over sequences.
+        has_label = (labels != -100).float()
+        weights = has_label / has_label.sum(1, keepdim=True).clamp(min=1) / len(labels)
         # Split, not sliced: the gradient of each slice would be as large as all logits.
-        chunks = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher)), strict=True)
-        summed = sum(
-            checkpoint(self._summed, chunk, teaching, label, use_reentrant=False, preserve_rng_state=False)
-            for (chunk, teaching), label in zip(chunks, labels.flatten().split(TOKENS_AT_ONCE), strict=True)
+        parts = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher, labels, weights)), strict=True)
+        return sum(
+            checkpoint(self._weighted, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
         )
-        return summed / (labels != -100).sum().clamp(min=1)
 
-    def _summed(self, logits, teacher, labels):
-        """The loss summed over tokens that have a label; logits [N, V], labels [N]."""
+    def _weighted(self, logits, teacher, labels, weights):
+        """The loss summed over tokens by their weights [N], 0 without a label; logits [N, V], labels [N]."""
         student = logits.float().log_softmax(-1)
-        loss = self.section.next_token * nn.functional.nll_loss(student, labels, reduction="sum")
+        loss = self.section.next_token * nn.functional.nll_loss(student, labels, reduction="none")
         if self.section.distill:
             teacher = teacher.float().log_softmax(-1)
             divergence = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-            loss = loss + self.section.distill * divergence[labels != -100].sum()
-        return loss
+            loss = loss + self.section.distill * divergence
+        return (loss * weights).sum()
 
     def _teacher_logits(self, model, inputs):
         base = model.get_base_model()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from linearize.convert import processes
 from linearize.convert.batches import read_evenly
 from linearize.convert.bench import Prompt, encode, generate
 from linearize.convert.context import Artifact, Context, StageError
@@ -64,15 +65,21 @@ class MedusaModel(nn.Module):
         return torch.stack([logits[0].topk(RANKS).indices for logits in self.logits(batch)])
 
     def forward(self, batch: dict) -> list[tuple[Tensor, Tensor]]:
-        """Per head (logits [N, V], labels [N]) of a batch of packed sequences."""
+        """Per head (logits [B, T, V], labels [B, T]) of a batch of packed sequences; T is less by the places ahead."""
         pairs = []
         for i, logits in enumerate(self.logits(batch)):
             ahead = i + 2
             # A label counts if no document begins on the way to it: positions then go on without a restart.
             labels, position = batch["labels"][:, ahead:], batch["position_ids"]
             same = position[:, ahead:] - position[:, :-ahead] == ahead
-            pairs.append((logits[:, :-ahead].flatten(0, 1), torch.where(same, labels, -100).flatten()))
+            pairs.append((logits[:, :-ahead], torch.where(same, labels, -100)))
         return pairs
+
+
+def mean_over_sequences(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, T, V], as a mean over the labels of each sequence and over sequences."""
+    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
 
 
 class WeightedHeads:
@@ -84,8 +91,7 @@ class WeightedHeads:
         self.decay = decay
 
     def loss(self, model, batch, accumulation, step):
-        losses = [nn.functional.cross_entropy(logits.float(), labels) for logits, labels in model(batch)]
-        return sum(self.decay**i * loss for i, loss in enumerate(losses))
+        return sum(self.decay**i * mean_over_sequences(*pair) for i, pair in enumerate(model(batch)))
 
 
 @torch.no_grad()
@@ -230,19 +236,23 @@ def run(context: Context) -> Artifact:
     documents = None
     if section.own_text is not None:
         prompts = own_prompts(context, context.training_documents, "data.train", section.own_text)
-        documents = [own_texts(context, base, prompts, "own_text")]
+        documents = [processes.alone(own_texts, context, base, prompts, "own_text")]
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
-    right = right_guesses(model.eval(), heldout_sequences(context, base, section), context.device)
+    measured = processes.alone(measured_heads, context, model.eval())
+    return Artifact(context.stage_directory("medusa"), {"loss": losses, **measured})
+
+
+def measured_heads(context: Context, model: MedusaModel) -> dict:
+    """How often heads and copies are right on held-out text, and the tree that follows from it."""
+    right = right_guesses(model, heldout_sequences(context, model.base, context.recipe.medusa), context.device)
     tree, sizes = fastest_tree(model, right)
-    metrics = {
-        "loss": losses,
-        "head_accuracy": head_accuracy(right, section.heads),
+    return {
+        "head_accuracy": head_accuracy(right, len(model.heads.blocks)),
         "copy_accuracy": right[:, :, COPY].float().mean(0).tolist(),
         "tree": tree.paths,
         "tree_sizes": sizes,
     }
-    return Artifact(context.stage_directory("medusa"), metrics)
 
 
 def trained_draft(context: Context, base: nn.Module) -> tuple[MedusaHeads, DraftTree]:

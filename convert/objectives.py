@@ -123,16 +123,16 @@ class AttentionWeights:
 
 
 def total(x: Tensor, segments: Tensor | None) -> Tensor:
-    """Sum of x [B, T, ..] over tokens that are no padding."""
+    """[B], sum of x [B, T, ..] over a sequence's tokens that are no padding."""
     if segments is not None:
         x = x * (segments > 0).view(*segments.shape, *[1] * (x.dim() - 2))
-    return x.sum()
+    return x.flatten(1).sum(1)
 
 
 def relative_error(output: Tensor, target: Tensor, segments: Tensor | None) -> Tensor:
-    """|output - target|^2 / |target|^2 over tokens that are no padding; both [B, T, H, D_v]."""
+    """Mean over sequences of |output - target|^2 / |target|^2 over tokens that are no padding; both [B, T, H, D_v]."""
     output, target = output.float(), target.float()
-    return total((output - target).square(), segments) / total(target.square(), segments)
+    return (total((output - target).square(), segments) / total(target.square(), segments)).mean()
 
 
 def output_mse(example: Example) -> Tensor:
@@ -156,7 +156,7 @@ def weights_kl(example: Example) -> Tensor:
     teacher, student = distribution(weights.teacher), distribution(weights.student)
     ratio = torch.where(weights.visible, teacher, 1).log() - torch.where(weights.visible, student, 1).log()
     divergence = (teacher * ratio).sum(-1).transpose(1, 2)  # (B, Q, H)
-    return total(divergence, weights.segments) / total(torch.ones_like(divergence), weights.segments)
+    return (total(divergence, weights.segments) / total(torch.ones_like(divergence), weights.segments)).mean()
 
 
 def far_mass(example: Example) -> Tensor:
@@ -180,7 +180,7 @@ def far_mass(example: Example) -> Tensor:
             )
             scale = total(teacher.square(), weights.segments)
             scale = scale + FAR_FLOOR * total(whole.float().square(), weights.segments)
-            error = error + total((student - teacher).square(), weights.segments) / scale
+            error = error + (total((student - teacher).square(), weights.segments) / scale).mean()
     return error
 
 

@@ -9,37 +9,53 @@ from typing import Any
 import torch
 import yaml
 
+from linearize.convert import processes
+from linearize.convert.batches import shared
 from linearize.convert.context import STAGES, Context, StageError, write_atomically
+from linearize.convert.launch import LOG
 from linearize.layers.seam import UnsupportedModelError
 from linearize.recipes.loader import dump_recipe
+from linearize.recipes.training import Training
 
 RESOLVED = "resolved.yaml"
+# What one process does for all; the other stages share their work.
+ALONE = ("load", "install", "export")
 
 
 def run(context: Context, todo: list[str], start: str | None = None) -> None:
-    """Run the stages that `stages_to_run` found; `start` as there."""
-    write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
+    """Run the stages that `stages_to_run` found; `start` as there. All processes of a launch do, see `processes`."""
+    processes.alone(_prepare, context, start)
     if context.device.type == "cuda":
         # Products of fp32 on tensor cores; their sums stay fp32.
         torch.set_float32_matmul_precision("high")
-    if start is not None:
-        # What follows from a stage that is redone is not finished any more.
-        for stage in STAGES[STAGES.index(start) :]:
-            shutil.rmtree(context.stage_directory(stage), ignore_errors=True)
     for stage in todo:
         context.console.print(f"[bold]{stage}[/bold]")
         began = time.monotonic()
-        if context.state(stage) is None:
+        if processes.is_main() and context.state(stage) is None:
             context.write_state(stage, "running", {})
+        module = importlib.import_module(f"linearize.convert.{stage}")
         try:
-            artifact = importlib.import_module(f"linearize.convert.{stage}").run(context)
+            artifact = processes.alone(module.run, context) if stage in ALONE else module.run(context)
         except UnsupportedModelError as error:
             # What only the model's forward pass shows.
             raise StageError(f"model.source: {error}") from error
         seconds = round(time.monotonic() - began, 1)
-        context.write_state(stage, "done", {**artifact.metrics, "seconds": seconds})
-        shutil.rmtree(context.stage_directory(stage) / "checkpoints", ignore_errors=True)
+        # The next stage reads what this one has written.
+        processes.alone(_finish, context, stage, {**artifact.metrics, "seconds": seconds})
         context.console.print(f"  done in {seconds:.0f} s -> {artifact.directory}", highlight=False)
+
+
+def _prepare(context: Context, start: str | None) -> None:
+    write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
+    if start is not None:
+        # What follows from a stage that is redone is not finished any more.
+        for stage in STAGES[STAGES.index(start) :]:
+            shutil.rmtree(context.stage_directory(stage), ignore_errors=True)
+
+
+def _finish(context: Context, stage: str, metrics: dict[str, Any]) -> None:
+    context.write_state(stage, "done", metrics)
+    shutil.rmtree(context.stage_directory(stage) / "checkpoints", ignore_errors=True)
 
 
 def _check_directory(context: Context) -> None:
@@ -49,24 +65,32 @@ def _check_directory(context: Context) -> None:
         raise StageError(f"--out {directory}: {existing} is a file; choose a directory")
     if not os.access(existing, os.W_OK):
         raise StageError(f"--out {directory}: {existing} is not writable; choose another directory")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / RESOLVED).is_file():
+    held = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if held - {LOG} and RESOLVED not in held:
         raise StageError(f"--out {directory}: is not empty and holds no run of linearize; choose another directory")
 
 
-def stages_to_run(context: Context, only: str | None, start: str | None, resume: bool) -> list[str]:
+def stages_to_run(
+    context: Context, only: str | None, start: str | None, resume: bool, count: int = 1
+) -> list[str]:
     """What is left to do.
 
     Args:
         only: this stage alone.
         start: this stage and those after it, again.
         resume: go on with a stage that was interrupted.
+        count: how many processes are to share the training.
 
     Raises:
-        StageError: the directory holds something else, a stage before was not run, or one was interrupted and
-            neither `resume` nor `start` says what to do about it.
+        StageError: the directory holds something else, a stage before was not run, one was interrupted and neither
+            `resume` nor `start` says what to do about it, or so many processes cannot share a stage.
     """
     _check_directory(context)
     stages = context.stages()
+    for stage in stages:
+        section = getattr(context.recipe, stage, None)
+        if isinstance(section, Training):
+            shared(stage, section, count)
     for option, stage in (("--only", only), ("--from", start)):
         if stage is not None and stage not in stages:
             known = "is left out of this recipe" if stage in STAGES else "does not exist"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from linearize.convert.batches import TrainingBatches
+from linearize.convert import processes
+from linearize.convert.batches import TrainingBatches, shared
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
@@ -31,7 +32,8 @@ class Objective(Protocol):
     is_local: bool
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int, step: int) -> Tensor:
-        """Mean loss of a micro batch (`TrainingBatches`) of a step, counted from 0."""
+        """Mean loss of a micro batch (`TrainingBatches`) of a step, counted from 0, over sequences, so that it does not
+        depend on how a step's are shared out."""
 
 
 class StageTrainer(Trainer):
@@ -88,7 +90,9 @@ class StageTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def _save(self, output_dir=None, state_dict=None):
-        save_weights(trainable(self.model), Path(output_dir))
+        # Every process comes here.
+        if self.args.should_save:
+            save_weights(trainable(self.model), Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -110,6 +114,13 @@ class ShowProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.stop()
+
+
+class AverageGradients(TrainerCallback):
+    """Once per step, those that each process has made by itself, layer by layer."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        processes.average_gradients([*model.parameters()])
 
 
 def train(
@@ -136,13 +147,15 @@ def train(
     """
     if not trainable(model):
         raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
-    directory = context.stage_directory(stage)
+    directory, section = context.stage_directory(stage), shared(stage, section, processes.count())
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=section.steps,
         # An item of the data is a whole micro batch.
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=section.batch_size * section.length // section.tokens_per_pass,
+        gradient_accumulation_steps=(
+            section.batch_size * section.length // section.tokens_per_pass // processes.count()
+        ),
         learning_rate=section.lr,
         weight_decay=section.weight_decay,
         warmup_steps=section.warmup_steps,
@@ -166,11 +179,10 @@ def train(
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-    if objective.is_local and arguments.world_size > 1:
-        raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
     with problems_named("data.train", context.recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]
-        data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size, context.tokenizer)
+        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
+    averaging = [AverageGradients()] if objective.is_local and processes.count() > 1 else []
     trainer = StageTrainer(
         stage,
         objective,
@@ -179,11 +191,12 @@ def train(
         args=arguments,
         train_dataset=data,
         data_collator=itemgetter(0),
-        callbacks=[ShowProgress(context, section.batch_size * section.length)],
+        callbacks=[ShowProgress(context, section.batch_size * section.length), *averaging],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))
-    save_weights(trainable(model), directory)
+    if processes.is_main():
+        save_weights(trainable(model), directory)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

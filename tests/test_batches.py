@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linearize.convert.batches import REPEATED_PARTS, TrainingBatches, read_evenly, repeat_parts
+from linearize.convert.batches import REPEATED_PARTS, TrainingBatches, read_evenly, repeat_parts, shared
+from linearize.convert.context import StageError
 from linearize.convert.data import pack
 from linearize.convert.facts import ASKED, THINGS, TOKENS_PER_FACT, TOLD, plant_facts
 from linearize.convert.probes import NEEDLE, QUESTION
 from linearize.recipes.training import Training
 
 
-def batches(documents, seed=0, processes=1, **section):
-    return TrainingBatches([map(torch.tensor, documents)], Training(**{"lr": 1.0, **section}), seed, processes)
+def batches(documents, seed=0, **section):
+    return TrainingBatches([map(torch.tensor, documents)], Training(**{"lr": 1.0, **section}), seed)
 
 
 def corpus(*sizes):
@@ -114,10 +115,32 @@ def test_sequences_come_from_everywhere_in_an_order_of_the_seed():
     assert len({token // 1000 for token in read}) >= 7
 
 
-def test_processes_share_the_steps():
-    phases = [{"length": 2, "share": 0.5}, {"length": 4, "share": 0.5}]
-    data = batches(corpus(100), processes=2, steps=4, batch_size=1, length=4, curriculum=phases)
-    assert [item["input_ids"].shape[1] for item in data] == [2] * 4 + [4] * 4
+@pytest.mark.parametrize("micro", [None, 1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_sequences_of_a_step(count, micro):
+    """Each takes every so many of the passes, in which a step has the sequences that one process gives it."""
+    section = Training(
+        lr=1.0, steps=4, batch_size=8, micro_batch_size=micro, length=4,
+        curriculum=[{"length": 2, "share": 0.5}, {"length": 4, "share": 0.5}],
+    )  # fmt: skip
+
+    def steps(section):
+        data = TrainingBatches([map(torch.tensor, corpus(400))], section, 0)
+        ids = torch.cat([item["input_ids"].flatten() for item in data])
+        return len(data), ids.view(4, -1)
+
+    part = shared("transfer", section, count)
+    (passes, ids), (_, whole) = steps(part), steps(section)
+    assert passes % (4 * count) == 0 and (micro is None or part.micro_batch_size <= micro)
+    assert torch.equal(ids, whole)
+
+
+def test_what_processes_cannot_share():
+    section = Training(lr=1.0, steps=4, batch_size=6, length=4, curriculum=[{"length": 12, "share": 1.0}])
+    with pytest.raises(StageError, match="transfer.batch_size: 4 processes cannot share the 6 sequences of a step"):
+        shared("transfer", section, 4)
+    with pytest.raises(StageError, match="sequences of 12 do not fill the 8 tokens that each of 3"):
+        shared("finetune", section, 3)
 
 
 def test_an_offset_moves_whole_sequences():

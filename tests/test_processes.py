@@ -1,0 +1,162 @@
+"""A run on two processes is the run on one: same losses, same results, nothing lost when one of them dies."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from linearize.convert.launch import command
+
+from .runs import converted, state
+
+# Two processes for one core each.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
+TRAINING = {"batch_size": 4, "length": 64, "save_every": 2, "lr": 1e-2}
+SECTIONS = {
+    "transfer": {"steps": 6, **TRAINING},
+    "finetune": {"steps": 6, **TRAINING, "distill": 0.5},
+    "medusa": {"steps": 4, "heads": 2, **TRAINING},
+    "evaluate": {"tokens": 256, "lengths": [128], "copying": {"texts": 2, "length": 32}, "tuned_teacher": True},
+    "export": {},
+}
+
+
+def start(*arguments, environment=None) -> subprocess.Popen:
+    """`linearize` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "linearize.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """What it says: its output, or, where it is to fail, its one sentence."""
+    out, err = process.communicate()
+    assert process.returncode == code, err
+    if code:
+        assert err.startswith("linearize: ") and len(err.strip().splitlines()) == 1, err
+    return err if code else out
+
+
+def assert_same_run(one: Path, other: Path, *stages: str) -> None:
+    """Sums in other orders differ in single precision, and Adam's first steps are signs of gradients."""
+    for stage in ("transfer", "finetune", *stages):
+        losses = [state(run, stage)["metrics"]["loss"] for run in (one, other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4), stage
+        weights = [load_file(run / stage / "weights.safetensors") for run in (one, other)]
+        for name, value in weights[0].items():
+            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def single(linearize, tiny_model, tmp_path_factory):
+    """(A recipe's path, the run of one process)."""
+    directory = tmp_path_factory.mktemp("single")
+    path = directory / "recipe.yaml"
+    data = {"train": {"source": "builtin:train"}, "heldout": {"source": "builtin:heldout"}}
+    attention = {"preset": "augmented", "window_size": 16, "sinks": 2, "conv_taps": 4, "slack": 8}
+    content = {"name": "tiny", "output": str(directory / "run"), "model": {"source": str(tiny_model), "license": "mit"}}
+    path.write_text(yaml.safe_dump(content | {"attention": attention, "data": data} | SECTIONS))
+    converted(linearize, path)
+    return path, directory / "run"
+
+
+def test_two_processes_do_what_one_does(single, tmp_path):
+    path, one = single
+    out = finish(start("convert", path, "--gpus", 2, "--out", tmp_path / "run"))
+    assert len(re.findall("done in", out)) == 7, "one process speaks, of each stage"
+    assert_same_run(one, tmp_path / "run", "medusa")
+    found, expected = (state(run, "evaluate")["metrics"]["models"] for run in (tmp_path / "run", one))
+    for name, figures in expected.items():
+        perplexity = figures["text"]["128"]["perplexity"]
+        assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
+
+
+def test_a_launchers_own_environment_is_used(single, tmp_path):
+    path, _ = single
+    arguments = ["convert", str(path), "--out", str(tmp_path / "run"), "--only", "load"]
+    subprocess.run(command("accelerate", 2, arguments), check=True, capture_output=True)
+    assert state(tmp_path / "run", "load")["status"] == "done"
+
+
+def workers(parent: int) -> dict[str, int]:
+    """RANK -> process id of those that descend from `parent`."""
+    found, parents = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+    for pid in parents:
+        ancestor = pid
+        while ancestor in parents and ancestor != parent:
+            ancestor = parents[ancestor]
+        if ancestor == parent:
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().decode()
+            except OSError:
+                continue
+            if rank := re.search(r"(?:^|\0)RANK=(\d+)", variables):
+                found[rank[1]] = pid
+    return found
+
+
+# Stages after these have nothing that is shared.
+SHORT = ["medusa=null", "evaluate=null", "export=null"]
+
+
+def test_a_process_that_dies_loses_nothing(single, tmp_path):
+    path, one = single
+    run = tmp_path / "run"
+    process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
+    checkpoints = run / "finetune" / "checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("*/trainer_state.json")):
+        time.sleep(0.02)
+    os.kill(workers(process.pid)["1"], signal.SIGKILL)
+    assert "a process ended before its work was done" in finish(process, 2)
+    assert state(run, "finetune")["status"] == "running"
+    finish(start("convert", path, *SHORT, "--gpus", 2, "--out", run, "--resume"))
+    assert_same_run(one, run)
+
+
+def test_another_number_of_processes_goes_on(single, tmp_path):
+    """What two have begun, one finishes."""
+    path, one = single
+    run = tmp_path / "run"
+    process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
+    while process.poll() is None and not list((run / "transfer" / "checkpoints").glob("*/trainer_state.json")):
+        time.sleep(0.02)
+    process.terminate()
+    assert "--resume goes on" in finish(process, 2)
+    finish(start("convert", path, *SHORT, "--launch", "none", "--out", run, "--resume"))
+    assert_same_run(one, run)
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, sentence",
+    [
+        (["--launch", "mpi"], {}, "--launch mpi: expected auto, none, accelerate, deepspeed"),
+        (["--launch", "none", "--gpus", 2], {}, "--launch none: runs as one process, not as --gpus 2"),
+        (["--gpus", 3], {}, "transfer.batch_size: 3 processes cannot share the 4 sequences of a step; use"),
+        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, as a launcher sets it, but not LOCAL_RANK, MASTER_ADDR"),
+    ],
+)
+def test_what_cannot_be_launched(single, tmp_path, arguments, environment, sentence):
+    path, _ = single
+    process = start("convert", path, "--out", tmp_path / "run", *arguments, environment=environment)
+    assert sentence in finish(process, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_fails_in_one_process_is_said_once(single, tmp_path):
+    path, _ = single
+    process = start("convert", path, "finetune.lr=1e30", "--gpus", 2, "--out", tmp_path / "run", "--resume")
+    assert "finetune: the loss of step" in finish(process, 2)
