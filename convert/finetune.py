@@ -84,5 +84,6 @@ def run(context: Context) -> Artifact:
     before = "install" if context.recipe.transfer is None else "transfer"
     torch.manual_seed(context.recipe.seed)
     model, losses = tune(context, "finetune", model_after(context, before))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # ZeRO-3 leaves parts.
+    trained = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable(model).values())
     return Artifact(context.stage_directory("finetune"), {"loss": losses, "trained_parameters": trained})

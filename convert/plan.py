@@ -22,7 +22,7 @@ from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
 from linearize.recipes.attention import KeepSection
-from linearize.recipes.schema import Recipe
+from linearize.recipes.schema import Recipe, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -141,7 +141,7 @@ def _make_plan(recipe: Recipe) -> Plan:
     if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
     if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
-        configuration = json.loads(Path(recipe.finetune.deepspeed).expanduser().read_text("utf-8"))
+        configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
         if "optimizer" in configuration:
             raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
     stages = _plan_stages(recipe, model)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from linearize.convert import processes
+from linearize.convert import processes, zero
 from linearize.convert.batches import TrainingBatches, shared
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
+from linearize.recipes.schema import deepspeed_file
 from linearize.recipes.training import Training
 
 
@@ -58,6 +59,9 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, *arguments):
         optimizer = super().create_optimizer(*arguments)
+        if all(lr == self.args.learning_rate for lr in self.learning_rates.values()):
+            # A DeepSpeed configuration may bring an optimizer of its own, which has no groups yet.
+            return optimizer
         groups = []
         for group in optimizer.param_groups:
             members = defaultdict(list)
@@ -89,10 +93,8 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    def _save(self, output_dir=None, state_dict=None):
-        # Every process comes here.
-        if self.args.should_save:
-            save_weights(trainable(self.model), Path(output_dir))
+    def save_model(self, output_dir=None, _internal_call=False):
+        save_trainable(self.model, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(self.model, Path(resume_from_checkpoint))
@@ -174,7 +176,7 @@ def train(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=context.device.type == "cuda",
-        deepspeed=getattr(section, "deepspeed", None),
+        deepspeed=str(deepspeed_file(name)) if (name := getattr(section, "deepspeed", None)) else None,
     )
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
@@ -182,6 +184,8 @@ def train(
     with problems_named("data.train", context.recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]
         data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
+    if arguments.deepspeed:
+        zero.prepare(model)
     averaging = [AverageGradients()] if objective.is_local and processes.count() > 1 else []
     trainer = StageTrainer(
         stage,
@@ -195,9 +199,18 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))
-    if processes.is_main():
-        save_weights(trainable(model), directory)
+    save_trainable(model, directory)
+    if arguments.deepspeed:
+        zero.leave()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def save_trainable(model: nn.Module, directory: Path) -> None:
+    """Write what is trained, whole, in all processes together."""
+    weights = trainable(model)
+    with zero.gathered(weights.values()):
+        if processes.is_main():
+            save_weights(weights, directory)
 
 
 def _newest_checkpoint(directory: Path) -> str | None:

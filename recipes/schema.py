@@ -17,6 +17,14 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
 Dtype = Literal["float32", "bfloat16"]
+# The configurations that come with the package.
+DEEPSPEED = Path(__file__).parent / "deepspeed"
+
+
+def deepspeed_file(name: str) -> Path:
+    """The JSON file of a shipped DeepSpeed configuration, or what `name` is the path of."""
+    shipped = DEEPSPEED / f"{name}.json"
+    return shipped if shipped.is_file() else Path(name).expanduser()
 
 
 def package_file(source: str) -> Path:
@@ -127,7 +135,7 @@ class FinetuneSection(Training):
         next_token: weight of the next-token cross-entropy.
         distill: weight of the KL divergence from the same model in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
-        deepspeed: path of a DeepSpeed JSON configuration.
+        deepspeed: `zero2`, `zero3`, `zero3-offload` (to the CPU), or the path of a DeepSpeed JSON configuration.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
@@ -161,10 +169,11 @@ class FinetuneSection(Training):
 
     @field_validator("deepspeed")
     @classmethod
-    def _deepspeed_exists(cls, path: str | None) -> str | None:
-        if path and not Path(path).expanduser().is_file():
-            raise ValueError(f"no such file: {path}")
-        return path
+    def _deepspeed_exists(cls, name: str | None) -> str | None:
+        if name and not deepspeed_file(name).is_file():
+            shipped = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
+            raise ValueError(f"no such file: {name}; there are {shipped}, or a path")
+        return name
 
 
 class MedusaSection(Training):

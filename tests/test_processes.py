@@ -80,6 +80,15 @@ def test_two_processes_do_what_one_does(single, tmp_path):
         assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
 
 
+@pytest.mark.parametrize("configuration", ["zero2", "zero3"])
+def test_zero_does_what_one_process_does(single, tmp_path, configuration):
+    """The stage behind it knows nothing of DeepSpeed."""
+    path, one = single
+    overrides = [f"finetune.deepspeed={configuration}", "evaluate=null", "export=null"]
+    finish(start("convert", path, *overrides, "--gpus", 2, "--out", tmp_path / "run"))
+    assert_same_run(one, tmp_path / "run", "medusa")
+
+
 def test_a_launchers_own_environment_is_used(single, tmp_path):
     path, _ = single
     arguments = ["convert", str(path), "--out", str(tmp_path / "run"), "--only", "load"]

@@ -211,7 +211,10 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         ),
         ("finetune: {steps: 1, targets: []}\n", "7: finetune.targets: expected at least one entry, got an empty list"),
         ("finetune: {steps: 1, targets: q_proj}\n", "7: finetune.targets: expected a list, got 'q_proj'"),
-        ("finetune: {steps: 1, deepspeed: ds.json}\n", "7: finetune.deepspeed: no such file: ds.json"),
+        (
+            "finetune: {steps: 1, deepspeed: ds.json}\n",
+            "7: finetune.deepspeed: no such file: ds.json; there are zero2, zero3, zero3-offload, or a path",
+        ),
         (
             "finetune: {steps: 1, attention_lr: 1e-3, train_attention: false}\n",
             "7: finetune.attention_lr: train_attention is false, so no attention layer has a learning rate",

@@ -1,0 +1,37 @@
+"""What DeepSpeed's ZeRO asks of whoever trains with it, and leaves behind."""
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from linearize.layers.attention import LinearAttention
+
+
+def prepare(model: nn.Module) -> None:
+    """Have the parameters of a linear attention layer gathered together, before its forward and its backward pass:
+    kernels read those of its parts without calling these."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if any(isinstance(module, LinearAttention) for module in model.modules()):
+        set_z3_leaf_modules(model, [LinearAttention])
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+    """Inside, parameters are whole in every process, also those of which ZeRO-3 gives each a part."""
+    parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not parts:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parts)
+
+
+def leave() -> None:
+    """What is trained or loaded next knows nothing of DeepSpeed."""
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    AcceleratorState._reset_state()
