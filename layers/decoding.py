@@ -294,7 +294,7 @@ def decode(
 
     Args:
         draft: heads and the tree of their guesses; without, a step makes one token.
-        streamer: gets one sequence, the prompt and then tokens as they are accepted.
+        streamer: gets the new tokens of one sequence as they are accepted.
     """
     cache, chunk = model_kwargs["past_key_values"], getattr(generation_config, "prefill_chunk_size", None)
     logits, hidden = read(model, cache, input_ids, model_kwargs.get("attention_mask"), chunk)
@@ -304,7 +304,6 @@ def decode(
     step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden.clone())
     run, steps, done = replayed(step), torch.zeros(len(input_ids), dtype=torch.long), bool(rows.done.all())
     if streamer is not None:
-        streamer.put(input_ids.cpu())
         streamer.put(new[:, 0].cpu())
     while not done:
         new, ended = run().cpu().tensor_split([-1], dim=1)

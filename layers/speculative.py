@@ -88,6 +88,9 @@ def speculate(
     weight = model.get_output_embeddings().weight
     draft = heads.to(weight.device, weight.dtype), tree
     choose = Choice(logits_processor, generation_config.do_sample, typical_acceptance)
+    if token_streamer is not None:
+        # As `generate` does before loops of its own.
+        token_streamer.put(input_ids.cpu())
     return decode(
         model, input_ids, choose, stopping_criteria, generation_config, model_kwargs, draft, token_streamer
     )

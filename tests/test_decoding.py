@@ -74,6 +74,28 @@ def test_a_conversation_goes_on_from_its_cache(monkeypatch):
     assert torch.equal(cached.sequences, model.generate(longer, max_new_tokens=9, **settings).sequences)
 
 
+class Listener:
+    """A streamer that calls `then` when it has so many tokens."""
+
+    def __init__(self, count=None, then=None):
+        self.tokens, self.count, self.then = [], count, then
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+        if len(self.tokens) == self.count:
+            self.then()
+
+    def end(self):
+        pass
+
+
+def test_a_streamer_gets_each_token_once(monkeypatch):
+    model, listener = make(SMALL["augmented"]), Listener()
+    use_ours(monkeypatch)
+    text = model.generate(prompts(1)["input_ids"], max_new_tokens=9, do_sample=False, streamer=listener)
+    assert listener.tokens == text[0].tolist()
+
+
 def test_what_it_does_not_know():
     ids = prompts(1)["input_ids"]
     kwargs = {"past_key_values": LinearCache(make(SMALL["augmented"]))}
