@@ -78,7 +78,7 @@ class MedusaModel(nn.Module):
 class WeightedHeads:
     """Sum over heads of decay^i * cross-entropy."""
 
-    is_local = False
+    calls_backward = is_local = False
 
     def __init__(self, decay: float):
         self.decay = decay

@@ -25,9 +25,11 @@ class Objective(Protocol):
     """What a stage minimises.
 
     Attributes:
-        is_local: `loss` has already called backward, layer by layer, with the loss divided by `accumulation`.
+        calls_backward: `loss` has already called backward, with the loss divided by `accumulation`.
+        is_local: each layer learns for itself, from the model as it is used.
     """
 
+    calls_backward: bool
     is_local: bool
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int, step: int) -> Tensor:
@@ -67,10 +69,10 @@ class StageTrainer(Trainer):
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.objective.is_local:
+        if not self.objective.calls_backward:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The teacher is the model as it is used: no dropout.
-        model.eval()
+        # Where layers are local, the teacher is the model as it is used: no dropout.
+        model.train(not self.objective.is_local)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             # Not the wrapper of a distributed launch, which knows nothing of gradients made inside the forward.
             loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
@@ -166,8 +168,11 @@ def train(
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-    if objective.is_local and arguments.world_size > 1:
-        raise StageError(f"{stage}: gradients made layer by layer are not summed over processes; launch it as one")
+    if objective.calls_backward and arguments.world_size > 1:
+        raise StageError(
+            f"{stage}: gradients made layer by layer, or chunk by chunk, are not summed over processes; "
+            "launch it as one"
+        )
     with problems_named("data.train", context.recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]
         data = TrainingBatches(sources, section, context.recipe.seed, arguments.world_size, context.tokenizer)
