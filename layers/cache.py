@@ -43,10 +43,12 @@ class Shared:
     Attributes:
         passage: the latest, for the next layer of the same forward pass.
         segments: [B, T] of the tokens that come next, in place of those that a mask gives; None: what the mask says.
+        detached: whether linear heads' tokens enter without their gradient.
     """
 
     passage: Passage | None = None
     segments: Tensor | None = None
+    detached: bool = False
 
 
 class LinearCacheLayer(CacheLayerMixin):
@@ -297,7 +299,9 @@ class LinearCache(Cache):
             layer.memory.crop(layer.length)
             layer.seen = 0
 
-    def branch(self, function: Callable[[Tensor], Tensor], segments: Tensor | None = None) -> "LinearCache":
+    def branch(
+        self, function: Callable[[Tensor], Tensor], segments: Tensor | None = None, detached: bool = False
+    ) -> "LinearCache":
         """A cache that goes on from here by itself, by two tokens or more at a time (steps write in place); all layers
         are linear.
 
@@ -305,8 +309,9 @@ class LinearCache(Cache):
             function: gives what the branch has of each of `contents`; `Tensor.detach` the same, without its gradient.
             segments: [B, T] of the branch's first tokens (see `tokens`), where these are of several documents.
                 transformers finds packed documents only where there is no cache.
+            detached: whether its tokens enter without their gradient, which takes less.
         """
-        branch, shared = copy(self), Shared(segments=segments)
+        branch, shared = copy(self), Shared(segments=segments, detached=detached)
         branch.layers = [layer.branch(shared, function) for layer in self.layers]
         return branch
 
