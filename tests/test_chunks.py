@@ -217,7 +217,7 @@ def test_memory_is_that_of_one_chunk(backward):
     of_whole = [peak(model, batch) for batch in (short, long)]
     # What a batch says of its tokens is 8 bytes for each of them.
     assert of_chunks[1] < 1.01 * of_chunks[0]
-    assert of_whole[1] > 1.8 * of_whole[0] > 3 * of_chunks[0]
+    assert of_whole[1] > 1.5 * of_whole[0] > 3 * of_chunks[0]
 
 
 def test_state_of_a_chunk_is_single_precision_under_autocast():
@@ -295,3 +295,12 @@ def test_convert_in_chunks_learns_the_same(linearize, recipe, tmp_path):
     # The same before the first step, on another way after it.
     assert losses["truncated"][0] == pytest.approx(losses["whole"][0], rel=1e-5)
     assert losses["truncated"][2] != pytest.approx(losses["whole"][2], rel=1e-5)
+
+
+def test_the_tuned_teacher_learns_from_whole_sequences(linearize, recipe):
+    """It is a softmax model, without caches to go from chunk to chunk."""
+    training = {"steps": 2, "batch_size": 2, "length": 64, "chunk": 32, "gradient_checkpointing": True}
+    evaluate = {"tokens": 128, "lengths": [64], "tuned_teacher": True, "copying": None}
+    path = recipe(finetune=training, transfer=None, medusa=None, export=None, evaluate=evaluate)
+    result = linearize("convert", path)
+    assert result.code == 0, result.stderr
