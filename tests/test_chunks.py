@@ -17,7 +17,7 @@ from linearize.convert.models import LINEAR, prepare_finetune
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.kernels import State
-from linearize.layers.kernels.fused import gated, shape
+from linearize.layers.kernels.fused import additive, gated
 from linearize.layers.seam import install
 from linearize.recipes.loader import RecipeError, load_recipe
 from linearize.recipes.schema import FinetuneSection
@@ -237,11 +237,13 @@ def test_state_of_a_chunk_is_single_precision_under_autocast():
     assert 0 < worst < 0.1
 
 
-def test_fused_kernels_leave_gradients_of_the_cache_to_torch():
+def test_fused_kernels_that_know_no_gradient_of_the_cache_leave_it_to_others():
+    """The one that does is tested with the other kernels (`test_gated`)."""
     state = State(torch.zeros(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 2, 4, requires_grad=True))
     new = torch.zeros(1, 2, 8, 4)
-    problem = SimpleNamespace(state=state, q_features=new, ancestors=None, q=new, k=new, v=new)
-    assert shape.refused(problem) == "the state needs a gradient"
+    config = PRESETS["lolcats"]
+    problem = SimpleNamespace(state=state, q_features=new, ancestors=None, q=new, k=new, v=new, config=config)
+    assert additive.refuses(problem) == "the state needs a gradient"
     features = SimpleNamespace(map=SimpleNamespace(dim=16))
     v = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 2, 8, 64))
     assert not gated.folds(features, v, PRESETS["augmented"])
