@@ -1,12 +1,15 @@
 """Stage finetune: the converted model end to end, by LoRA or in full, on next tokens and/or its softmax self."""
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from linearize.convert.chunks import Chunks, recompute_blocks
 from linearize.convert.context import Artifact, Context
 from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
 from linearize.convert.training import train
+from linearize.layers.seam import LinearizedMixin
 from linearize.recipes.schema import FinetuneSection
 
 # Logits are taken to fp32 and to probabilities for so many tokens at a time: 128 MiB each with 128k words.
@@ -16,37 +19,50 @@ TOKENS_AT_ONCE = 256
 class NextTokenAndDistillation:
     """`next_token` * cross-entropy + `distill` * KL(teacher || student).
 
-    The teacher is the same model with adapters off and softmax attention on: no second copy is loaded.
+    The teacher is the same model with adapters off and softmax attention on: no second copy is loaded. It reads whole
+    sequences: where the student goes through them chunk by chunk, all of the teacher's logits wait for it.
     """
 
     is_local = False
 
     def __init__(self, section: FinetuneSection):
-        self.section = section
+        self.section, self.calls_backward = section, section.chunk is not None
 
     def loss(self, model, batch, accumulation, step):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        logits = model(**inputs).logits
         # The logits of the last token have no label.
         labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        # The wrapper of a distributed launch has no adapters to switch off.
-        unwrapped = getattr(model, "module", model)
-        teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else logits.detach()
         # A mean over the labels of each sequence, and over sequences.
         has_label = (labels != -100).float()
         weights = has_label / has_label.sum(1, keepdim=True).clamp(min=1) / len(labels)
+        # The wrapper of a distributed launch has no adapters to switch off.
+        unwrapped = getattr(model, "module", model)
+        teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else None
+        if self.section.chunk is None:
+            return self._weighted(model(**inputs).logits, teacher, labels, weights)
+
+        def share(logits: Tensor, place: slice) -> Tensor:
+            part = None if teacher is None else teacher[:, place]
+            return self._weighted(logits, part, labels[:, place], weights[:, place] / accumulation)
+
+        base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        chunks = Chunks(base, batch["input_ids"], batch["position_ids"], self.section.chunk)
+        return chunks.backward(share, exact=self.section.backward == "exact") * accumulation
+
+    def _weighted(self, logits: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
+        """The loss summed by weights [B, T], which are 0 without a label; logits [B, T, V], labels [B, T]."""
+        teacher = logits.detach() if teacher is None else teacher
         # Split, not sliced: the gradient of each slice would be as large as all logits.
         parts = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher, labels, weights)), strict=True)
-        return sum(
-            checkpoint(self._weighted, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-        )
+        return sum(checkpoint(self._part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
 
-    def _weighted(self, logits, teacher, labels, weights):
-        """The loss summed over tokens by their weights [N], 0 without a label; logits [N, V], labels [N]."""
-        student = logits.float().log_softmax(-1)
+    def _part(self, logits: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """`_weighted` of logits [N, V], labels and weights [N]."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        student = logits.to(dtype).log_softmax(-1)
         loss = self.section.next_token * nn.functional.nll_loss(student, labels, reduction="none")
         if self.section.distill:
-            teacher = teacher.float().log_softmax(-1)
+            teacher = teacher.to(dtype).log_softmax(-1)
             divergence = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
             loss = loss + self.section.distill * divergence
         return (loss * weights).sum()
@@ -70,8 +86,13 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
     """Train `model` as the recipe's section `finetune` says, into the directory of `stage`: (the model with what was
     trained, the loss of every step)."""
     section = context.recipe.finetune
+    if not isinstance(model, LinearizedMixin):
+        # A softmax model has no cache of constant size to carry from chunk to chunk.
+        section = section.model_copy(update={"chunk": None})
     model = prepare_finetune(model, section)
-    if section.gradient_checkpointing:
+    if section.gradient_checkpointing and section.chunk:
+        recompute_blocks(model)
+    elif section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.
         model.enable_input_require_grads()

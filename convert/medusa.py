@@ -85,7 +85,7 @@ def mean_over_sequences(logits: Tensor, labels: Tensor) -> Tensor:
 class WeightedHeads:
     """Sum over heads of decay^i * cross-entropy."""
 
-    is_local = False
+    calls_backward = is_local = False
 
     def __init__(self, decay: float):
         self.decay = decay

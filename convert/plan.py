@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
+from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
@@ -144,6 +145,8 @@ def _make_plan(recipe: Recipe) -> Plan:
         configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
         if "optimizer" in configuration:
             raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
+    if recipe.finetune and recipe.finetune.chunk and (reason := cannot_carry(model)):
+        raise ValueError(f"finetune.chunk: {reason}; use chunk: null")
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)

@@ -27,9 +27,11 @@ class Objective(Protocol):
     """What a stage minimises.
 
     Attributes:
-        is_local: `loss` has already called backward, layer by layer, with the loss divided by `accumulation`.
+        calls_backward: `loss` has already called backward, with the loss divided by `accumulation`.
+        is_local: each layer learns for itself, from the model as it is used.
     """
 
+    calls_backward: bool
     is_local: bool
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int, step: int) -> Tensor:
@@ -73,13 +75,16 @@ class StageTrainer(Trainer):
         return optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.objective.is_local:
+        if not self.objective.calls_backward:
             return super().training_step(model, inputs, num_items_in_batch)
-        # The teacher is the model as it is used: no dropout.
-        model.eval()
+        # Where layers are local, the teacher is the model as it is used: no dropout.
+        model.train(not self.objective.is_local)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             # Not the wrapper of a distributed launch, which knows nothing of gradients made inside the forward.
             loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
+        if processes.count() > 1 and self.accelerator.sync_gradients:
+            # Once per step, and before a common norm clips them.
+            processes.average_gradients([*self.model.parameters()])
         return loss.detach() / self.current_gradient_accumulation_steps
 
     def log(self, logs, *arguments):
@@ -116,13 +121,6 @@ class ShowProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.stop()
-
-
-class AverageGradients(TrainerCallback):
-    """Once per step, those that each process has made by itself, layer by layer."""
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        processes.average_gradients([*model.parameters()])
 
 
 def train(
@@ -186,7 +184,6 @@ def train(
         data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
     if arguments.deepspeed:
         zero.prepare(model)
-    averaging = [AverageGradients()] if objective.is_local and processes.count() > 1 else []
     trainer = StageTrainer(
         stage,
         objective,
@@ -195,7 +192,7 @@ def train(
         args=arguments,
         train_dataset=data,
         data_collator=itemgetter(0),
-        callbacks=[ShowProgress(context, section.batch_size * section.length), *averaging],
+        callbacks=[ShowProgress(context, section.batch_size * section.length)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))

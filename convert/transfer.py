@@ -86,7 +86,7 @@ IMPLEMENTATIONS.add(IMPLEMENTATION)
 class AttentionTransfer:
     """Mean over the layers that are still learning of their weighted objectives."""
 
-    is_local = True
+    calls_backward = is_local = True
 
     def __init__(self, section: TransferSection, seed: int):
         self.section, self.seed = section, seed

@@ -250,7 +250,8 @@ class LinearAttention(nn.Module):
             cache.draft = Draft(new, self.far_keys)
         elif cache is not None:
             takes_in = cache.step if steps and self.config.ring_size and cache.far is None else cache.append
-            takes_in(keys, k_features, passage)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not cache.shared.detached):
+                takes_in(keys, k_features, passage)
         return out
 
     def far_keys(self, keys: dict[str, Tensor]) -> Features | None:

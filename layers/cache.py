@@ -7,7 +7,7 @@ draft trees, and `crop` moves a cursor.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,17 @@ class Draft:
 
 @dataclass
 class Shared:
-    """What the layers of a cache have in common: the latest passage, for the next layer of the same forward pass."""
+    """What the layers of a cache have in common.
+
+    Attributes:
+        passage: the latest, for the next layer of the same forward pass.
+        segments: [B, T] of the tokens that come next, in place of those that a mask gives; None: what the mask says.
+        detached: whether linear heads' tokens enter without their gradient.
+    """
 
     passage: Passage | None = None
+    segments: Tensor | None = None
+    detached: bool = False
 
 
 class LinearCacheLayer(CacheLayerMixin):
@@ -238,6 +246,18 @@ class LinearCacheLayer(CacheLayerMixin):
         state = [] if self.state is None else [self.state.S, self.state.z]
         return [*self.ring.values(), *self.sinks.values(), *(self.far or {}).values(), *state]
 
+    def branch(self, shared: Shared, function: Callable[[Tensor], Tensor]) -> "LinearCacheLayer":
+        """`LinearCache.branch` of one layer."""
+        layer = copy(self)
+        layer.shared, layer.memory = shared, copy(self.memory)
+        # Layers have their counts in common, and know them by identity.
+        layer._map_rows(lambda x: function(x) if x.is_floating_point() else x)
+        return layer
+
+    def contents(self) -> list[Tensor]:
+        """What gradients pass through on their way from token to token; none before the first one."""
+        return [x for x in (*self._past(), *self.memory.tensors()) if x.is_floating_point()]
+
     def tensors(self) -> list[Tensor]:
         """Rows first."""
         return [*self._past(), *self.memory.tensors(), self.length, self.count, self.segment]
@@ -278,6 +298,26 @@ class LinearCache(Cache):
         for layer in self.layers:
             layer.memory.crop(layer.length)
             layer.seen = 0
+
+    def branch(
+        self, function: Callable[[Tensor], Tensor], segments: Tensor | None = None, detached: bool = False
+    ) -> "LinearCache":
+        """A cache that goes on from here by itself, by two tokens or more at a time (steps write in place); all layers
+        are linear.
+
+        Args:
+            function: gives what the branch has of each of `contents`; `Tensor.detach` the same, without its gradient.
+            segments: [B, T] of the branch's first tokens (see `tokens`), where these are of several documents.
+                transformers finds packed documents only where there is no cache.
+            detached: whether its tokens enter without their gradient, which takes less.
+        """
+        branch, shared = copy(self), Shared(segments=segments, detached=detached)
+        branch.layers = [layer.branch(shared, function) for layer in self.layers]
+        return branch
+
+    def contents(self) -> list[Tensor]:
+        """`LinearCacheLayer.contents` of all layers, which are linear."""
+        return [x for layer in self.layers for x in layer.contents()]
 
     @contextmanager
     def verifying(self, ancestors: Tensor) -> Iterator[None]:

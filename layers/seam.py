@@ -331,6 +331,8 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
             f"{query.shape[2]} tokens; pass LinearCache(model), or no cache"
         )
     segments = attention_mask
+    if call.cache is not None and call.cache.shared.segments is not None:
+        segments = call.cache.shared.segments
     if segments is not None and segments.dim() != 2:
         raise ValueError("linear attention takes a 2-D padding mask or packed position_ids, not a 4-D mask")
     cu_seqlens = kwargs.get("cu_seq_lens_q")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from linearize.recipes.attention import AttentionSection, KeepSection
 from linearize.recipes.evaluation import EvaluateSection
@@ -137,6 +137,13 @@ class FinetuneSection(Training):
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         deepspeed: `zero2`, `zero3`, `zero3-offload` (to the CPU), or the path of a DeepSpeed JSON configuration.
         gradient_checkpointing: recompute activations in the backward pass.
+        chunk: tokens of each sequence that go through the model at once, with a cache from one chunk to the next, so
+            that memory for activations does not grow with `length`. It divides the length of every phase, or is as
+            long. What still grows: the keys and values of heads that are kept softmax (unless `kept_window` bounds
+            them), with `backward: exact` once per chunk, and with `distill` the teacher's logits. None: whole
+            sequences. `evaluate.tuned_teacher` learns from whole sequences all the same.
+        backward: with `chunk`, `exact` gives the gradient of the whole sequence, for one forward pass more and a cache
+            per chunk; `truncated` takes each chunk's cache as given, so that nothing learns to remember further.
     """
 
     method: Literal["lora", "full"] = "lora"
@@ -149,6 +156,8 @@ class FinetuneSection(Training):
     attention_lr: LearningRate | None = None
     deepspeed: Text | None = None
     gradient_checkpointing: bool = False
+    chunk: Annotated[int, Field(ge=2)] | None = None
+    backward: Literal["exact", "truncated"] = "exact"
     lr: LearningRate = 1e-3
 
     @field_validator("distill")
@@ -166,6 +175,17 @@ class FinetuneSection(Training):
         if lr is not None and info.data.get("train_attention") is False:
             raise ValueError("train_attention is false, so no attention layer has a learning rate")
         return lr
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> "FinetuneSection":
+        if self.chunk is None:
+            return self
+        for _, length in self.phases:
+            if self.chunk < length and length % self.chunk:
+                raise ValueError(f"chunk: {self.chunk} does not divide sequences of {length} tokens")
+        if self.deepspeed is not None:
+            raise ValueError("chunk: DeepSpeed calls backward once per sequence; set deepspeed: null, or chunk: null")
+        return self
 
     @field_validator("deepspeed")
     @classmethod
@@ -279,6 +299,20 @@ class Recipe(Section):
         if transfer is not None and attention is not None and (why := transfer.contradiction(attention.config)):
             raise ValueError(why)
         return transfer
+
+    @field_validator("finetune")
+    @classmethod
+    def _chunks_fill_the_cache(cls, finetune: FinetuneSection | None, info: ValidationInfo) -> FinetuneSection | None:
+        attention = info.data.get("attention")
+        if finetune is None or finetune.chunk is None or attention is None:
+            return finetune
+        recent = attention.config.ring_size
+        if finetune.chunk < min(recent, max(length for _, length in finetune.phases)):
+            raise ValueError(
+                f"chunk: the {recent} latest tokens (window, convolution and slack) go with every chunk, and are more "
+                f"than its {finetune.chunk}; use {recent} or more"
+            )
+        return finetune
 
     @field_validator("evaluate")
     @classmethod

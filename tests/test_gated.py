@@ -217,6 +217,44 @@ def test_prompts_in_parts(name, chunks, in_segments, without_gradients):
     close(out, expected[:, :, 220:], TOLERANCE[torch.float32], "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_packed", "chunks"),
+    [("augmented", True, 1), ("terrace", True, 9), ("block", False, 1), ("decay", False, 9), ("additive", False, 1)],
+)
+def test_gradients_of_a_later_part(name, is_packed, chunks, in_segments):
+    """Of sinks, ring and state before it, too: what a first part has left there, once by documents of padded rows."""
+    in_segments(chunks)
+    layer, inputs = make(CONFIGS[name], batch=2, length=290)
+    segments = None
+    if is_packed:
+        segments = torch.ones(2, 290, dtype=torch.long, device=DEVICE)
+        segments[0, 240:] = 2
+        segments[1, :10] = 0
+    weights = torch.randn(2, 2, 70, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def gradients(layer, inputs, backend):
+        cache = LinearCacheLayer(layer.config)
+        for start, end, taken in ((0, 220, layer.backend), (220, 290, backend)):
+            layer.backend = taken
+            part = None if segments is None else segments[:, start:end]
+            out = run(layer, [x[:, :, start:end] for x in inputs], segments=part, cache=cache)
+            if end == 220:
+                cache = cache.branch(cache.shared, lambda x: x.detach().requires_grad_())
+                before = cache.contents()
+        learned = dict(layer.named_parameters())
+        names = ["q", "k", "v", "raw_q", "raw_k", "sink_q", *range(len(before)), *learned]
+        found = torch.autograd.grad((out * weights).sum(), [*inputs, *before, *learned.values()], allow_unused=True)
+        return dict(zip(names, found, strict=True))
+
+    reference, exact_inputs = exact(layer, inputs)
+    expected, layer.backend = gradients(reference, exact_inputs, "reference"), "torch"
+    poison()
+    for which, x in gradients(layer, inputs, "fused").items():
+        assert (x is None) == (expected[which] is None), which
+        if x is not None:
+            close(x, expected[which], TOLERANCE[torch.float32], which)
+
+
 @pytest.mark.parametrize("chunks", [1, 9])
 @pytest.mark.parametrize("name", ["augmented", "decay", "additive"])
 def test_the_state_after_many_keys(name, chunks, in_segments, without_gradients):

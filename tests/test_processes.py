@@ -27,6 +27,8 @@ SECTIONS = {
     "evaluate": {"tokens": 256, "lengths": [128], "copying": {"texts": 2, "length": 32}, "tuned_teacher": True},
     "export": {},
 }
+# The other stages share nothing.
+SHORT = ["medusa=null", "evaluate=null", "export=null"]
 
 
 def start(*arguments, environment=None) -> subprocess.Popen:
@@ -89,6 +91,13 @@ def test_zero_does_what_one_process_does(single, tmp_path, configuration):
     assert_same_run(one, tmp_path / "run", "medusa")
 
 
+def test_two_processes_learn_chunk_by_chunk(single, tmp_path):
+    """By the exact gradient, as if at once."""
+    path, one = single
+    finish(start("convert", path, *SHORT, "finetune.chunk=32", "--gpus", 2, "--out", tmp_path / "run"))
+    assert_same_run(one, tmp_path / "run")
+
+
 def test_a_launchers_own_environment_is_used(single, tmp_path):
     path, _ = single
     arguments = ["convert", str(path), "--out", str(tmp_path / "run"), "--only", "load"]
@@ -116,10 +125,6 @@ def workers(parent: int) -> dict[str, int]:
             if rank := re.search(r"(?:^|\0)RANK=(\d+)", variables):
                 found[rank[1]] = pid
     return found
-
-
-# Stages after these have nothing that is shared.
-SHORT = ["medusa=null", "evaluate=null", "export=null"]
 
 
 def test_a_process_that_dies_loses_nothing(single, tmp_path):

@@ -224,18 +224,20 @@ def fold(features: Features, v: Tensor, state: State, tokens: Tokens, config: Li
         return gated.end_state(features, v, state, tokens, config)
     dtype = state.S.dtype
     phi_k, v, gates = features.phi.to(dtype), v.to(dtype), features.gates
-    if many:
-        return fold_sequence(phi_k, v, gates, state, tokens, config)
-    enters = tokens.valid & (tokens.position >= config.sinks)
-    gates = enter(gates, tokens, config)
-    order = torch.ones(2 * enters.shape[1:], dtype=torch.bool, device=v.device).tril(-1)
-    u, G = far_values(phi_k, v, gates, order & enters[:, None, :], state, enters)
-    phi_k, M = phi_k * enters[:, None, :, None], state.M
-    if G is not None:
-        # Ragged rows end before the last key; what is behind their end does not fade.
-        end = gates.log_decay.sum(-1, keepdim=True)
-        phi_k, M = phi_k * (end - G).exp().unsqueeze(-1), M * end.exp().unsqueeze(-1)
-    return State.of(M + phi_k.mT @ u)
+    # As `_without_autocast`.
+    with torch.autocast(v.device.type, enabled=False):
+        if many:
+            return fold_sequence(phi_k, v, gates, state, tokens, config)
+        enters = tokens.valid & (tokens.position >= config.sinks)
+        gates = enter(gates, tokens, config)
+        order = torch.ones(2 * enters.shape[1:], dtype=torch.bool, device=v.device).tril(-1)
+        u, G = far_values(phi_k, v, gates, order & enters[:, None, :], state, enters)
+        phi_k, M = phi_k * enters[:, None, :, None], state.M
+        if G is not None:
+            # Ragged rows end before the last key; what is behind their end does not fade.
+            end = gates.log_decay.sum(-1, keepdim=True)
+            phi_k, M = phi_k * (end - G).exp().unsqueeze(-1), M * end.exp().unsqueeze(-1)
+        return State.of(M + phi_k.mT @ u)
 
 
 @dataclass(frozen=True)

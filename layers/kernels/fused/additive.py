@@ -33,6 +33,8 @@ def refuses(problem) -> str | None:
     size = chunk_size(config)
     if reason := refused(problem):
         return reason
+    if problem.state is not None and problem.state.S.requires_grad:
+        return "the state needs a gradient"
     if config.feature_map not in MAPS:
         return f"feature_map {config.feature_map} is none of {', '.join(MAPS)}"
     if config.state != "additive" or config.sinks or config.far_weight == "query":

@@ -63,10 +63,11 @@ def attention(problem) -> Tensor:
     sink_q = problem.sink_q.to(dtype) if config.sinks and problem.sink_q is not None else None
     kinds, tensors = _far([problem.q_features, problem.k_features], dtype)
     # A function's context does not know of `no_grad`.
-    stores = torch.is_grad_enabled()
+    stores, state = torch.is_grad_enabled(), problem.state
     return _Attention.apply(
         problem.q.to(dtype), problem.k.to(dtype), problem.v, sink_q, problem.weights.near, problem.weights.far,
-        problem.weights.conv, problem.state, Shape.of(problem), stores, kinds, *tensors,
+        problem.weights.conv, *((None, None) if state is None else (state.S, state.z)), Shape.of(problem), stores,
+        kinds, *tensors,
     )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def end_state(features, v: Tensor, state, tokens, config):
     v = rows_last(v)
     constants = _constants(shape, value_dim, v.dtype)
     (keys,) = _sides(shape, constants["BF"], *_far([features], v.dtype))
-    numbers, start = _Numbers.of(shape, constants), _padded(state, constants["BF"], constants["BV"])
+    numbers, start = _Numbers.of(shape, constants), _padded(state.S, state.z, constants["BF"], constants["BV"])
     for segment in segments_of(shape):
         start = _States.of(keys, v, numbers, start, shape, constants, segment, each=False, stores=False).end
     S, z = (x.unflatten(0, (batch, kv_heads)) for x in start)
@@ -200,9 +201,9 @@ def _column_block(value_dim: int, width: int) -> int:
     return next((size for size in (32, 16) if value_dim % size == 0), width)
 
 
-def _padded(state, columns: int, width: int) -> tuple[Tensor, Tensor]:
+def _padded(S: Tensor, z: Tensor, columns: int, width: int) -> tuple[Tensor, Tensor]:
     """S [R, BF, BV] and z [R, BF]."""
-    S, z = state.S.flatten(0, 1).float(), state.z.flatten(0, 1).float()
+    S, z = S.flatten(0, 1).float(), z.flatten(0, 1).float()
     more = columns - S.shape[1]
     if more or width > S.shape[2]:
         pad = torch.nn.functional.pad
@@ -241,7 +242,7 @@ def _sides(shape: Shape, columns: int, kinds: list, tensors) -> list:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sink_q, near, far, conv, state, shape, stores, kinds, *tensors):
+    def forward(ctx, q, k, v, sink_q, near, far, conv, S, z, shape, stores, kinds, *tensors):
         q, k, v = map(rows_last, (q, k, v))
         sink_q = None if sink_q is None else rows_last(sink_q)
         near, far = near.detach().float().contiguous(), far.detach().float().contiguous()
@@ -259,7 +260,7 @@ class _Attention(torch.autograd.Function):
         rows = shape.batch * shape.heads * q.shape[2] if stores else 0
         attended, lse, mass, top = (numbers.G.new_empty(rows, *size) for size in ((v.shape[-1],), (), (), ()))
         keeps = stores and len(segments) == 1
-        starts, start = [], None if state is None else _padded(state, constants["BF"], width)
+        starts, start = [], None if S is None else _padded(S, z, constants["BF"], width)
         by_d, by_v = shape.given(constants["BD"], q, k), shape.given(width, v, out)
         sink_q_ = _given(shape, constants["BD"], sink_q)
 
@@ -324,7 +325,8 @@ class _Attention(torch.autograd.Function):
         dlog_decay = room(shape)(gates.shape, device=G.device)
         dbeta = room(shape)(gates.shape, device=G.device) if delta else None
         segments, block = segments_of(shape), _column_block(v.shape[-1], width)
-        blocks, goes_on = triton.cdiv(v.shape[-1], block), len(segments) > 1
+        # The first segment's goes on to the state that all began with.
+        blocks, goes_on = triton.cdiv(v.shape[-1], block), len(segments) > 1 or any(ctx.needs_input_grad[7:9])
         dM = (G.new_zeros(rows, features, width), G.new_zeros(rows, blocks, features)) if goes_on else (None, None)
 
         def segment_back(segment, start):
@@ -411,8 +413,13 @@ class _Attention(torch.autograd.Function):
             query, tap = (torch.arange(count, device=do.device) for count in (size, conv.shape[1]))
             key = (query[:, None] - tap) % size
             dconv = outer.sum((0, 1)).gather(2, key.expand(heads, -1, -1)).sum(1)
+        dS = dz = None
+        if any(ctx.needs_input_grad[7:9]):
+            # Each block of columns has the whole of z.
+            dS, dz = dM[0][:, : shape.features, : v.shape[-1]], dM[1][:, 0, : shape.features]
+            dS, dz = (x.unflatten(0, (batch, shape.kv_heads)) for x in (dS, dz))
         of_tensors = (*queries.gradients(), *keys.gradients())
-        return dq, dk, dv, dsink_q, dnear, dfar, dconv, None, None, None, None, *of_tensors
+        return dq, dk, dv, dsink_q, dnear, dfar, dconv, dS, dz, None, None, None, *of_tensors
 
 
 def _given(shape: Shape, width: int, x: Tensor | None) -> list:

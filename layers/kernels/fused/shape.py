@@ -84,8 +84,6 @@ def refused(problem) -> str | None:
         return "draft trees and single tokens are small"
     if problem.v.dtype not in DTYPES:
         return f"they do not compute in {problem.v.dtype}"
-    if problem.state is not None and problem.state.S.requires_grad:
-        return "the state needs a gradient"
     return None
 
 
