@@ -110,28 +110,29 @@ def test_weights_are_those_of_the_beginning(examples, monkeypatch):
 
 @pytest.mark.parametrize("padding", [0, 10])
 def test_kl_and_far_mass_by_hand(examples, without_gradients, padding):
-    """Queries one by one, in fp64; the weights are fp32."""
+    """Queries one by one, in fp64, as a mean over sequences; the weights are fp32."""
     example = examples(random_weights(converted()), batch(padding))[1]
     weights, segments = example.weights, example.inputs.segments
     values = example.value.repeat_interleave(2, dim=1).double()
-    divergence, count = 0.0, 0
-    # Of the share and of what it adds: squared error, squared target, squared whole.
-    share = added = torch.zeros(3, dtype=torch.float64)
+    divergence, count = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+    # Of the share and of what it adds, in each row: squared error, squared target, squared whole.
+    share, added = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     for row, head, i in product(range(2), range(4), range(LENGTH)):
         if segments[row, i] == 0:
             continue
         keys = [j for j in range(i + 1) if segments[row, j] == segments[row, i]]
         p, q = (x[row, head, i, keys].double() for x in (weights.teacher, weights.student))
         p_smooth, q_smooth = ((x + SMOOTHING) / (x + SMOOTHING).sum() for x in (p, q))
-        divergence, count = divergence + (p_smooth * (p_smooth / q_smooth).log()).sum(), count + 1
+        divergence[row] += (p_smooth * (p_smooth / q_smooth).log()).sum()
+        count[row] += 1
         place = torch.arange(len(keys))
         far = ~near(CONFIG, place[-1:], place)[0]
         p, q, v = p[far], q[far], values[row, head, keys][far]
-        share = share + torch.stack([(p.sum() - q.sum()) ** 2, p.sum() ** 2, torch.tensor(1.0)])
+        share[row] += torch.stack([(p.sum() - q.sum()) ** 2, p.sum() ** 2, torch.tensor(1.0)])
         whole = example.target[row, i, head].double()
-        added = added + torch.stack([x.square().sum() for x in (p @ v - q @ v, p @ v, whole)])
-    torch.testing.assert_close(weights_kl(example).double(), divergence / count, rtol=1e-4, atol=0)
-    expected = sum(error / (target + FAR_FLOOR * whole) for error, target, whole in (share, added))
+        added[row] += torch.stack([x.square().sum() for x in (p @ v - q @ v, p @ v, whole)])
+    torch.testing.assert_close(weights_kl(example).double(), (divergence / count).mean(), rtol=1e-4, atol=0)
+    expected = sum((x[:, 0] / (x[:, 1] + FAR_FLOOR * x[:, 2])).mean() for x in (share, added))
     torch.testing.assert_close(far_mass(example).double(), expected, rtol=1e-4, atol=0)
 
 
