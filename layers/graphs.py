@@ -136,6 +136,8 @@ def capture(step) -> Captured:
         reason = str(error).splitlines()[0]
         warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)
         return Captured(None, None, [], None)
+    # Kept here, it would never be freed: what the graph is found by is the model itself.
+    twin.model = None
     return Captured(graph, twin, twin.tensors(), found)
 
 

@@ -1,5 +1,8 @@
 """The decoding loop without guesses does what transformers' own loop does."""
 
+import gc
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,6 +188,21 @@ def test_kept_heads_go_on_in_slots(kept_window, speculate, monkeypatch):
         assert captures == ([32, 64, 128] if speculate else [16, 32, 64, 128])
     else:
         assert captures == [config.kept_tokens + nodes]
+
+
+def test_a_model_that_nobody_holds_is_freed(monkeypatch):
+    """Graphs are kept for as long as their model is, and no longer."""
+    monkeypatch.setattr(graphs, "refuses", lambda step: None)
+    monkeypatch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", nullcontext)
+    model = make(SMALL["augmented"])
+    use_ours(monkeypatch)
+    model.generate(**prompts(), max_new_tokens=2, do_sample=False, eos_token_id=None)
+    (captured,) = graphs._graphs[model].values()
+    model = weakref.ref(model)
+    gc.collect()
+    assert captured.graph is not None and model() is None
 
 
 @pytest.mark.parametrize("kept", [None, {0: (0,)}], ids=["pure", "hybrid"])
