@@ -384,14 +384,17 @@ def main() -> None:
         problems = [str(error)]
     else:
         return
-    # Of several processes, the first one speaks, and to whoever has launched them.
-    if os.environ.get("RANK", "0") == "0":
-        reason = os.environ.get("LINEARIZE_REASON")
-        if reason is not None:
+    if "RANK" in os.environ:
+        from linearize.convert.launch import REASON
+
+        # Of several processes, the first one speaks, and to whoever has launched them.
+        if os.environ["RANK"] != "0":
+            sys.exit(2)
+        if reason := os.environ.get(REASON):
             Path(reason).write_text("\n".join(problems), "utf-8")
-        else:
-            for problem in problems:
-                errors.print(f"linearize: {problem}", markup=False, highlight=False)
+            sys.exit(2)
+    for problem in problems:
+        errors.print(f"linearize: {problem}", markup=False, highlight=False)
     sys.exit(2)
 
 

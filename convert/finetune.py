@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from linearize.convert.chunks import Chunks, recompute_blocks
 from linearize.convert.context import Artifact, Context
 from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
-from linearize.convert.training import train
+from linearize.convert.training import label_weights, train
 from linearize.layers.seam import LinearizedMixin
 from linearize.recipes.schema import FinetuneSection
 
@@ -32,9 +32,7 @@ class NextTokenAndDistillation:
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         # The logits of the last token have no label.
         labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        # A mean over the labels of each sequence, and over sequences.
-        has_label = (labels != -100).float()
-        weights = has_label / has_label.sum(1, keepdim=True).clamp(min=1) / len(labels)
+        weights = label_weights(labels)
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)
         teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else None

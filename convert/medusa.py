@@ -16,7 +16,7 @@ from linearize.convert.context import Artifact, Context, StageError
 from linearize.convert.data import Documents, packed, problems_named, with_labels
 from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
 from linearize.convert.progress import TokenProgress
-from linearize.convert.training import train
+from linearize.convert.training import label_weights, train
 from linearize.layers.cache import LinearCache
 from linearize.layers.decoding import Choice, Rows, Step
 from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
@@ -76,12 +76,6 @@ class MedusaModel(nn.Module):
         return pairs
 
 
-def mean_over_sequences(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, T, V], as a mean over the labels of each sequence and over sequences."""
-    losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return (losses.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
-
-
 class WeightedHeads:
     """Sum over heads of decay^i * cross-entropy."""
 
@@ -91,7 +85,11 @@ class WeightedHeads:
         self.decay = decay
 
     def loss(self, model, batch, accumulation, step):
-        return sum(self.decay**i * mean_over_sequences(*pair) for i, pair in enumerate(model(batch)))
+        loss = 0.0
+        for i, (logits, labels) in enumerate(model(batch)):
+            losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+            loss = loss + self.decay**i * (losses * label_weights(labels)).sum()
+        return loss
 
 
 @torch.no_grad()

@@ -23,6 +23,13 @@ from linearize.recipes.schema import deepspeed_file
 from linearize.recipes.training import Training
 
 
+def label_weights(labels: Tensor) -> Tensor:
+    """[B, T], by which a sum over labels [B, T] is a mean over those of each sequence, and over sequences; 0 where
+    there is none (-100)."""
+    has_label = (labels != -100).float()
+    return has_label / has_label.sum(1, keepdim=True).clamp(min=1) / len(labels)
+
+
 class Objective(Protocol):
     """What a stage minimises.
 

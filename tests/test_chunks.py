@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from linearize.convert.chunks import Chunks, recompute_blocks
 from linearize.convert.finetune import NextTokenAndDistillation
 from linearize.convert.models import LINEAR, prepare_finetune
+from linearize.convert.training import label_weights
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.kernels import State
@@ -158,9 +159,7 @@ def test_dropout_is_the_same_in_both_passes():
         logits.append(model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits)
     labels = batch["labels"][:, 1:]
     losses = nn.functional.cross_entropy(torch.cat(logits, 1)[:, :-1].transpose(1, 2), labels, reduction="none")
-    # As the objective has them, in single precision.
-    weights = (labels != -100).float() / (labels != -100).sum(1, keepdim=True).float() / len(labels)
-    loss = (losses * weights).sum()
+    loss = (losses * label_weights(labels)).sum()
     loss.backward()
     assert_same(actual, {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()})
 
