@@ -25,7 +25,7 @@ from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS
 from linearize.layers.decoding import Choice, Rows, Step
 from linearize.layers.draft import DraftTree
-from linearize.layers.graphs import remember, replayed
+from linearize.layers.graphs import Replay, remember
 from linearize.layers.medusa import MedusaHeads
 
 # `mc_sim_7b_63` of Medusa (arXiv 2401.10774): rank after rank of what is likeliest.
@@ -134,16 +134,18 @@ def tokens_per_second(model, cache: LinearCache, choose: Choice, draft, steps: i
     ids = torch.zeros(1, CONTEXT, dtype=torch.long, device="cuda")
     last = ids[:, -1].clone()
     hidden = torch.randn(1, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    step = replayed(Step(model, deepcopy(cache), choose, Rows(ids, []), draft, last, hidden))
-    assert hasattr(step, "captured"), "the step was not captured"
-    for _ in range(4):
-        step().cpu()
+    cache = deepcopy(cache)
+    step = Step(model, cache, choose, Rows(ids, []), draft, last, hidden)
+    with Replay(model, cache) as run:
+        for _ in range(4):
+            run(step).cpu()
+        assert run.captured.graph is not None, "the step was not captured"
 
-    def generate():
-        for _ in range(steps):
-            step().cpu()
+        def generate():
+            for _ in range(steps):
+                run(step).cpu()
 
-    return steps * per_step / seconds(generate)
+        return steps * per_step / seconds(generate)
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def measure(shape: str, preset: str, steps: int) -> dict:
     plain = tokens_per_second(model, cache, single, None, steps, 1)
     forced = tokens_per_second(model, cache, Forced(TREE, torch.device("cuda")), (heads, TREE), steps, 2.5)
     result["tokens/s"], result["tokens/s, 2.5 per step"] = plain, forced
-    remember(Step(model, cache, single, Rows(cache.length[:, None], []), None, cache.length, cache.length))
+    remember(model.linear_attentions(), cache, 0)
     result["tree"] = captured(on_the_state(model, cache, TREE))
     for name, way in (("copies", with_copies), ("states", with_states)):
         before = torch.cuda.memory_allocated()

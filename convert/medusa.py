@@ -20,7 +20,7 @@ from linearize.convert.training import label_weights, train
 from linearize.layers.cache import LinearCache
 from linearize.layers.decoding import Choice, Rows, Step
 from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
-from linearize.layers.graphs import replayed
+from linearize.layers.graphs import Replay
 from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import MedusaSection
@@ -146,13 +146,14 @@ def fastest_tree(model: MedusaModel, right: Tensor) -> tuple[DraftTree, list[dic
         base(prompt, past_key_values=cache, use_cache=True)
         rows = Rows(prompt, [])
         hidden = output.weight.new_zeros(1, output.in_features)
-        step = replayed(Step(base, cache, Choice([], sample=False), rows, (heads, tree), prompt[:, -1], hidden))
+        step = Step(base, cache, Choice([], sample=False), rows, (heads, tree), prompt[:, -1], hidden)
         taken = []
-        for _ in range(WARM_UP + REPEATS):
-            began = time.perf_counter()
-            # Waits for the device.
-            step().cpu()
-            taken.append(time.perf_counter() - began)
+        with Replay(base, cache) as run:
+            for _ in range(WARM_UP + REPEATS):
+                began = time.perf_counter()
+                # Waits for the device.
+                run(step).cpu()
+                taken.append(time.perf_counter() - began)
         seconds = statistics.median(taken[WARM_UP:])
         tokens = tree.expected(right)
         found.append({"nodes": len(tree.parents), "tokens": tokens, "ms": seconds * 1e3})

@@ -5,9 +5,10 @@ Only a token that has left every window, and the `slack` behind it, enters the s
 draft trees, and `crop` moves a cursor.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -258,6 +259,13 @@ class LinearCacheLayer(CacheLayerMixin):
         """What gradients pass through on their way from token to token; none before the first one."""
         return [x for x in (*self._past(), *self.memory.tensors()) if x.is_floating_point()]
 
+    def shape_like(self, other: "LinearCacheLayer") -> None:
+        """Hold tensors, whatever is in them, of the sizes that a layer has which has begun."""
+        self.ring, self.sinks, self.state, self.far = other.ring, other.sinks, other.state, other.far
+        self.length, self.count, self.segment = other.length, other.count, other.segment
+        self.memory, self.is_initialized = copy(other.memory), True
+        self._map_rows(torch.empty_like)
+
     def tensors(self) -> list[Tensor]:
         """Rows first."""
         return [*self._past(), *self.memory.tensors(), self.length, self.count, self.segment]
@@ -291,13 +299,28 @@ class LinearCache(Cache):
         """[B], tokens of each row's current document."""
         return next(layer for layer in self.layers if isinstance(layer, LinearCacheLayer)).length
 
-    def start_like(self, other: "LinearCache") -> None:
-        """Begin anew, ready for steps, with memory of the sizes that another cache has; all its layers are linear."""
-        self.layers = deepcopy(other.layers)
-        torch._foreach_zero_([x for layer in self.layers for x in layer.tensors()])
+    @property
+    def begun(self) -> bool:
+        """Whether there are tensors."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    def tensors(self) -> list[Tensor]:
+        """Of all layers, rows first; all are linear."""
+        return [x for layer in self.layers for x in layer.tensors()]
+
+    def take(self, other: "LinearCache") -> None:
+        """Hold, in tensors of its own, what another cache of the same model holds; `seen` stays what it is."""
+        for layer, like in zip(self.layers, other.layers, strict=True):
+            layer.shape_like(like)
+        copy_all(self.tensors(), other.tensors())
+
+    def clear(self) -> None:
+        """Hold no token, in the tensors that there are."""
+        for alike in _by_dtype(self.tensors()).values():
+            torch._foreach_zero_(alike)
         for layer in self.layers:
-            layer.memory.crop(layer.length)
-            layer.seen = 0
+            if layer.memory.position is not None:
+                layer.memory.position.fill_(PADDING)
 
     def branch(
         self, function: Callable[[Tensor], Tensor], segments: Tensor | None = None, detached: bool = False
@@ -336,6 +359,21 @@ class LinearCache(Cache):
         for layer in self.layers:
             if isinstance(layer, LinearCacheLayer):
                 layer.accept(path)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Each source into its target, of the same dtype."""
+    sources = _by_dtype(sources)
+    for dtype, alike in _by_dtype(targets).items():
+        torch._foreach_copy_(alike, sources[dtype])
+
+
+def _by_dtype(tensors: list[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """Only what is done to tensors of one dtype takes fewer launches than there are tensors."""
+    found = defaultdict(list)
+    for x in tensors:
+        found[x.dtype].append(x)
+    return found
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers.generation import (
 
 from .cache import LinearCache
 from .draft import COPY, DraftTree, copies
-from .graphs import places, replayed
+from .graphs import Replay
 from .medusa import MedusaHeads
 from .reading import forward, read
 
@@ -167,8 +167,8 @@ class Step:
         self.levels = [[*map(place, level)] for level in tree.levels(self.width, sequential)]
 
     @property
-    def device(self) -> torch.device:
-        return self.last.device
+    def batch(self) -> int:
+        return len(self.last)
 
     @property
     def reads_text(self) -> bool:
@@ -178,7 +178,8 @@ class Step:
     @property
     def settings(self) -> tuple:
         """What a captured step is fixed to, beside the model and the shapes of its tensors."""
-        return self.tree, None if self.heads is None else places(self.heads), *self.choose.settings
+        heads = () if self.heads is None else (weight.data_ptr() for weight in self.heads.parameters())
+        return self.tree, *heads, *self.choose.settings
 
     @property
     def nodes(self) -> int:
@@ -237,19 +238,15 @@ class Step:
             self.cache.accept(torch.where(kept, way, -1))
         return torch.cat([new, self.rows.done[:, None]], dim=1)
 
-    def finish(self) -> None:
-        """Nothing is left to do, as there may be for what stands in for a step (`graphs.Replay`)."""
-
-    def twin(self) -> "Step":
-        """The same with memory of its own."""
-        last, hidden, rows = self.last.clone(), self.hidden.clone(), deepcopy(self.rows)
-        return Step(self.model, deepcopy(self.cache), self.choose, rows, self.draft, last, hidden)
+    def twin(self, cache: LinearCache) -> "Step":
+        """The same on another cache, with memory of its own."""
+        rows, last, hidden = deepcopy(self.rows), self.last.clone(), self.hidden.clone()
+        return Step(self.model, cache, self.choose, rows, self.draft, last, hidden)
 
     def tensors(self) -> list[Tensor]:
-        """All that a step reads and changes, but for weights."""
+        """All that a step reads and changes, but for weights and the cache."""
         rows = self.rows
-        own = [self.last, self.hidden, rows.text, rows.count, rows.done, rows.limit, rows.ends]
-        return [*own, *(x for layer in self.cache.layers for x in layer.tensors())]
+        return [self.last, self.hidden, rows.text, rows.count, rows.done, rows.limit, rows.ends]
 
 
 @dataclass
@@ -296,23 +293,23 @@ def decode(
         draft: heads and the tree of their guesses; without, a step makes one token.
         streamer: gets the new tokens of one sequence as they are accepted.
     """
-    cache, chunk = model_kwargs["past_key_values"], getattr(generation_config, "prefill_chunk_size", None)
-    logits, hidden = read(model, cache, input_ids, model_kwargs.get("attention_mask"), chunk)
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     rows, root = Rows(input_ids, stopping_criteria), input_ids.new_zeros(1)
-    last, _ = choose(logits[:, None], rows, input_ids[:, -1:], ALONE, root)
-    new = rows.add(last)
-    step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden.clone())
-    run, steps, done = replayed(step), torch.zeros(len(input_ids), dtype=torch.long), bool(rows.done.all())
-    if streamer is not None:
-        streamer.put(new[:, 0].cpu())
-    while not done:
-        new, ended = run().cpu().tensor_split([-1], dim=1)
-        done = bool(ended.all())
-        steps += new[:, 0] >= 0
-        for column in new.unbind(1) if streamer is not None else ():
-            if (column >= 0).any():
-                streamer.put(column[column >= 0])
-    run.finish()
+    with Replay(model, cache) as run:
+        logits, hidden = read(run, input_ids, mask, getattr(generation_config, "prefill_chunk_size", None))
+        last, _ = choose(logits[:, None], rows, input_ids[:, -1:], ALONE, root)
+        new = rows.add(last)
+        steps, done = torch.zeros(len(input_ids), dtype=torch.long), bool(rows.done.all())
+        if streamer is not None:
+            streamer.put(new[:, 0].cpu())
+        step = Step(model, cache, choose, rows, draft, last[:, 0].clone(), hidden.clone())
+        while not done:
+            new, ended = run(step).cpu().tensor_split([-1], dim=1)
+            done = bool(ended.all())
+            steps += new[:, 0] >= 0
+            for column in new.unbind(1) if streamer is not None else ():
+                if (column >= 0).any():
+                    streamer.put(column[column >= 0])
     if streamer is not None:
         streamer.end()
     pad = generation_config._pad_token_tensor

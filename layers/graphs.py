@@ -1,45 +1,91 @@
 """Decoding steps as CUDA graphs: captured once, replayed with one launch, for later texts too.
 
 A step launches some thousand small kernels, which takes Python longer than it takes the GPU to run them. A graph goes
-on with the memory that it was captured with: the step here has a cache of its own, into which that of a prompt is
-copied and out of which it is copied in the end. Where heads are kept softmax, a graph has slots for the tokens that
-they remember, and another one, with twice as many, takes over before these are full.
+on with the memory that it was captured with: graphs have caches of their own (`Place`), to which a text goes for as
+long as it is read and written, by one graph after the other. Where heads are kept softmax, a place has slots for the
+tokens that they remember, and another one, with twice as many, takes over before these are full.
 """
 
 import math
 import warnings
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor
 
-from .cache import LinearCache, LinearCacheLayer
+from .cache import LinearCache, LinearCacheLayer, copy_all
 from .kernels import triton_kernels
 from .norms import fused_norms
 
-# Graphs that a model keeps; each has the activations of a step, and a cache.
+# Graphs that a model keeps; each has the activations of a step, and those of as many rows share a cache.
 KEPT = 8
 # The fewest slots for tokens of kept heads; a power of 2.
 SLOTS = 1024
+# Nodes that kept heads which forget have slots for at least, so that plain steps share a place with `reading`'s chains.
+NODES = 16
 
 
-def replayed(step):
-    """What does as `step` does, as a graph where that can be."""
-    return step if refuses(step) else Replay(step)
+@dataclass
+class Place:
+    """A cache that graphs go on with.
+
+    Attributes:
+        key: what its sizes depend on: the model's weights (`survey`), rows, and slots of kept heads.
+        taken: whether a text is here.
+    """
+
+    key: tuple
+    cache: LinearCache
+    taken: bool = False
 
 
-def refuses(step) -> str | None:
-    """Why a step (`decoding.Step`, `reading.Reading`) cannot be captured, or None."""
-    model, cache = step.model, step.cache
+@dataclass
+class Captured:
+    """graph: None where a step could not be captured; step: what was captured, with all that the graph reads, on the
+    cache of `place`; found: what it returns."""
+
+    graph: torch.cuda.CUDAGraph | None
+    step: object
+    place: Place
+    found: Tensor | tuple[Tensor, ...] | None
+
+
+# model -> what a graph depends on -> Captured
+_graphs = WeakKeyDictionary()
+
+
+def survey(model) -> tuple[str | None, tuple[int, ...]]:
+    """Why no step of a model can be captured as it is now, or None; where its weights are in memory, which is how
+    graphs know them."""
+    device = next(model.parameters()).device.type
+    if device != "cuda" or triton_kernels.step is None:
+        return "graphs are of a GPU's fused kernels", ()
+    if torch.is_autocast_enabled(device):
+        return "weights are cast anew at every step", ()
+    places = []
+    for module in model.modules():
+        if module.training:
+            return "the model is in training mode", ()
+        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+        # Those of `seam` only hand on what is captured.
+        foreign = [hook for hook in hooks if not getattr(hook, "func", hook).__module__.startswith(__package__ + ".")]
+        # Not hasattr, which takes long to say no.
+        if foreign or "_hf_hook" in vars(module):
+            return "a module has hooks, which a graph does not call", ()
+        places += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
+    return None, tuple(places)
+
+
+def refuses(step, cache: LinearCache, linear: dict) -> str | None:
+    """Why a step (`decoding.Step`, `reading.Reading`) cannot be captured on a cache like this one, or None.
+
+    Args:
+        linear: the model's `linear_attentions`.
+    """
     fused_step = triton_kernels.step
-    if step.device.type != "cuda" or fused_step is None:
-        return "graphs are of a GPU's fused kernels"
-    if torch.is_autocast_enabled(step.device.type):
-        return "weights are cast anew at every step"
     if step.reads_text:
         return "a processor or criterion reads the text"
-    linear = model.linear_attentions()
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, LinearCacheLayer):
             return f"{type(layer).__name__} may move its memory"
@@ -51,130 +97,153 @@ def refuses(step) -> str | None:
             return reason
         if step.nodes > 1 and not fused_step.accepts(layer, step.reach):
             return "the tree is too deep"
-    for module in model.modules():
-        if module.training:
-            return "the model is in training mode"
-        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
-        # Those of `seam` only hand on what is captured.
-        foreign = [hook for hook in hooks if not getattr(hook, "func", hook).__module__.startswith(__package__ + ".")]
-        if foreign or hasattr(module, "_hf_hook"):
-            return "a module has hooks, which a graph does not call"
     return None
 
 
 class Replay:
-    """In the place of `step`: its first call captures it, unless that was done for an earlier text.
+    """Runs steps that go on with `cache`, as graphs where that can be: captured when they are first run, unless that
+    was done for an earlier text.
+
+    In a `with` block: behind it, also where it has failed, the cache and the latest step hold what has been done.
 
     Attributes:
-        fixed, key: what a graph depends on, without and with the shapes of the step's tensors.
+        refused, weights: see `survey`; linear: the model's `linear_attentions`.
+        step, captured: what is run, and its graph if there is one.
+        place: where the text is instead of in `cache`; None where steps are run as they are.
         room: calls until slots of kept heads may be full.
     """
 
-    def __init__(self, step):
-        self.step, self.captured, self.replays, self.room = step, None, 0, 0
-        self.graphs = _graphs.setdefault(step.model, {})
-        self.fixed = type(step), step.settings, places(step.model)
+    def __init__(self, model, cache: LinearCache):
+        self.model, self.cache, self.graphs = model, cache, _graphs.setdefault(model, {})
+        (self.refused, self.weights), self.linear = survey(model), model.linear_attentions()
+        self.step = self.captured = self.place = None
+        self.room = 0
 
-    def __call__(self):
-        if not self.room:
-            self.make_room()
+    def __enter__(self) -> "Replay":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._save()
+        self._leave()
+
+    def __call__(self, step):
+        """What `step` returns."""
+        if step is not self.step or not self.room:
+            self.turn_to(step)
         self.room -= 1
-        if self.captured is None and self.key in self.graphs:
-            self.captured = self.graphs[self.key]
-            if self.captured.graph is not None:
-                torch._foreach_copy_(self.captured.tensors, self.step.tensors())
-        if self.captured is None or self.captured.graph is None:
-            # Also before a capture, since kernels must have been compiled by then.
-            found = self.step()
-            if self.captured is None:
-                self.graphs[self.key] = capture(self.step)
-                while len(self.graphs) > KEPT:
-                    del self.graphs[next(iter(self.graphs))]
+        if self.place is None:
+            return step()
+        for layer in self.cache.layers:
+            layer.seen += step.reach
+        if self.captured is None:
+            # Tensors made in inference mode could not be written outside of it, by later texts.
+            with torch.inference_mode(False):
+                twin = step.twin(self.place.cache)
+            found, self.captured = capture(twin, self.place)
+            self.graphs[self.key] = self.captured
+            while len(self.graphs) > KEPT:
+                del self.graphs[next(iter(self.graphs))]
             return found
+        if self.captured.graph is None:
+            return self.captured.step()
         self.captured.graph.replay()
-        self.replays += 1
         return self.captured.found
 
-    def make_room(self) -> None:
-        """Before the first call, and when slots may be full: on to tensors that have more, and to their graph."""
-        self.finish()
-        self.captured, self.room = None, remember(self.step)
-        self.key = self.fixed, tuple(x.shape for x in self.step.tensors())
+    def turn_to(self, step) -> bool:
+        """Make ready to run a step next, and say whether it will be a graph."""
+        self._save()
+        self.step, self.captured, self.room = step, None, math.inf
+        if self.refused:
+            return False
+        slots, room = self._slots(step)
+        place_key = self.weights, len(self.cache.length) if self.cache.begun else step.batch, slots
+        if self.place is not None and self.place.key != place_key:
+            self._leave()
+        free = (each.place for each in self.graphs.values() if not each.place.taken)
+        place = self.place or next((place for place in free if place.key == place_key), None)
+        like = self.cache if place is None else place.cache
+        # Before the first token only a place shows the sizes of a cache.
+        if not like.begun or refuses(step, like, self.linear):
+            self._leave()
+            return False
+        if self.place is None:
+            self._enter(place or Place(place_key, LinearCache(self.model)), slots)
+        self.room, tensors = room, step.tensors()
+        self.key = place_key, type(step), step.settings, tuple(x.shape for x in tensors)
+        captured = self.graphs.get(self.key)
+        if captured is not None and captured.place is self.place:
+            self.captured = captured
+            copy_all(captured.step.tensors(), tensors)
+        return True
 
-    def finish(self) -> None:
-        """Bring the step's own cache to where the graph has come."""
-        if self.replays:
-            torch._foreach_copy_(self.step.tensors(), self.captured.tensors)
-        for layer in self.step.cache.layers:
-            layer.seen += self.replays * self.step.reach
-            layer.memory.release()
-        self.replays = 0
+    def _slots(self, step) -> tuple[int, float]:
+        """Slots that memories of kept heads need, 0 where there are no such heads, and for how many steps."""
+        config = next((linear.config for linear in self.linear.values() if linear.kept), None)
+        if config is None:
+            return 0, math.inf
+        if config.kept_tokens is not None:
+            return config.kept_tokens + max(step.nodes, NODES), math.inf
+        # The length is waited for, but the tokens that were chosen before have been, too.
+        cache = self.cache if self.place is None else self.place.cache
+        longest = int(cache.length.max()) if cache.begun else 0
+        # Twice as many each time, so that a long text takes few captures.
+        slots = max(SLOTS, 1 << (longest + step.nodes - 1).bit_length())
+        # A step adds `reach` tokens at most, and needs a slot for each node.
+        return slots, (slots - longest - step.nodes) // step.reach + 1
+
+    def _enter(self, place: Place, slots: int) -> None:
+        begun = self.cache.begun
+        if begun:
+            remember(self.linear, self.cache, slots)
+        if not place.cache.begun:
+            # As above.
+            with torch.inference_mode(False):
+                place.cache.take(self.cache)
+        elif begun:
+            copy_all(place.cache.tensors(), self.cache.tensors())
+        else:
+            place.cache.clear()
+        self.place, place.taken = place, True
+
+    def _leave(self) -> None:
+        place, self.place = self.place, None
+        if place is not None:
+            place.taken = False
+            self.cache.take(place.cache)
+            for layer in self.cache.layers:
+                layer.memory.release()
+
+    def _save(self) -> None:
+        """Bring the step, but for its cache, to where its graph has come."""
+        if self.captured is not None:
+            copy_all(self.step.tensors(), self.captured.step.tensors())
 
 
-@dataclass
-class Captured:
-    """graph: None where a step could not be captured; step: what was captured, with all that the graph reads; tensors:
-    those of the step; found: what it returns."""
-
-    graph: torch.cuda.CUDAGraph | None
-    step: object
-    tensors: list[Tensor]
-    found: Tensor | tuple[Tensor, ...] | None
-
-
-# model -> `Replay.key` -> Captured
-_graphs = WeakKeyDictionary()
-
-
-def capture(step) -> Captured:
-    """A step on memory of its own; nothing is run."""
-    twin, graph = step.twin(), torch.cuda.CUDAGraph()
+def capture(step, place: Place) -> tuple[object, Captured]:
+    """What a step on the cache of a place returns, and the step captured."""
+    # Also because kernels must have been compiled before a capture.
+    found, graph = step(), torch.cuda.CUDAGraph()
     try:
         with fused_norms(step.model), torch.cuda.graph(graph):
-            found = twin()
+            return found, Captured(graph, step, place, step())
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(f"decoding goes on without a CUDA graph, as a step cannot be captured: {reason}", stacklevel=2)
-        return Captured(None, None, [], None)
-    # Kept here, it would never be freed: what the graph is found by is the model itself.
-    twin.model = None
-    return Captured(graph, twin, twin.tensors(), found)
+        return found, Captured(None, step, place, None)
+    finally:
+        # Kept here, it would never be freed: what the graph is found by is the model itself.
+        step.model = proxy(step.model)
 
 
-def places(module: torch.nn.Module) -> tuple[int, ...]:
-    """Where weights are in memory, which is how graphs know them."""
-    return tuple(weight.data_ptr() for weight in module.parameters())
+def remember(linear: dict, cache: LinearCache, slots: int) -> None:
+    """Make ready for steps what a prompt has left, so that the cache has the tensors that steps go on with.
 
-
-def begin(model, cache: LinearCache, rows: int) -> bool:
-    """Make an empty cache ready for steps, where one of as many rows has been captured, which shows its sizes."""
-    weights = places(model)
-    for (fixed, _), known in _graphs.get(model, {}).items():
-        if known.graph is not None and weights in fixed and len(known.step.cache.length) == rows:
-            cache.start_like(known.step.cache)
-            return True
-    return False
-
-
-def remember(step) -> float:
-    """Make ready for steps what a prompt has left, so that its cache has the tensors that a captured one has.
-
-    Returns how many steps there is room for: where kept heads remember all tokens, their slots may be full then.
+    Args:
+        linear: the model's `linear_attentions`; slots: of kept heads' memories.
     """
-    # The length is waited for, but the tokens that were chosen before have been, too.
-    nodes, most, longest = step.nodes, step.reach, int(step.cache.length.max())
-    # Twice as many each time, so that a long text takes few captures.
-    slots, room = max(SLOTS, 1 << (longest + nodes - 1).bit_length()), math.inf
-    for index, linear in step.model.linear_attentions().items():
-        layer, limit = step.cache.layers[index], linear.config.kept_tokens
-        if not linear.heads:
-            # What steps write into is this layer's alone.
-            layer.length, layer.count, layer.segment = layer.length.clone(), layer.count.clone(), layer.segment.clone()
-        elif layer.far is None:
-            triton_kernels.step.remember(linear, layer)
-        if linear.kept:
-            layer.memory.reserve(slots if limit is None else limit + nodes)
-            if limit is None:
-                # A step adds `most` tokens at most, and needs a slot for each node.
-                room = (slots - longest - nodes) // most + 1
-    return room
+    for index, attention in linear.items():
+        layer = cache.layers[index]
+        if attention.heads and layer.far is None:
+            triton_kernels.step.remember(attention, layer)
+        if attention.kept:
+            layer.memory.reserve(slots)

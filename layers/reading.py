@@ -4,13 +4,12 @@ for thousands.
 """
 
 import inspect
-from copy import deepcopy
 
 import torch
 from torch import Tensor
 
 from .cache import LinearCache
-from .graphs import Replay, begin, refuses
+from .graphs import Replay
 
 # Tokens of a chain, which enter the cache at once, and of the longest prompt that is read so.
 CHAIN = 16
@@ -60,8 +59,8 @@ class Reading:
         return cls(model, cache, text, count, ids.new_zeros(()))
 
     @property
-    def device(self) -> torch.device:
-        return self.text.device
+    def batch(self) -> int:
+        return len(self.text)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Logits [B, V] and hidden state [B, C] of the last of them in each row, anything where there is none."""
@@ -74,49 +73,43 @@ class Reading:
         self.start.add_(CHAIN)
         return logits[self.row, last], hidden[self.row, last]
 
-    def twin(self) -> "Reading":
-        """The same with memory of its own."""
-        return Reading(self.model, deepcopy(self.cache), self.text.clone(), self.count.clone(), self.start.clone())
+    def twin(self, cache: LinearCache) -> "Reading":
+        """The same on another cache, with memory of its own."""
+        return Reading(self.model, cache, self.text.clone(), self.count.clone(), self.start.clone())
 
     def tensors(self) -> list[Tensor]:
-        """All that it reads and changes, but for weights."""
-        return [self.text, self.count, self.start, *(x for layer in self.cache.layers for x in layer.tensors())]
+        """All that it reads and changes, but for weights and the cache."""
+        return [self.text, self.count, self.start]
 
 
-def in_chains(reading: Reading, run, columns: int) -> list[Tensor]:
-    """Logits [B, V] and hidden state [B, C] of the last token of each row, whose text has so many columns at most.
-
-    Args:
-        run: `reading`, or its graph.
-    """
+def in_chains(reading: Reading, run: Replay, columns: int) -> list[Tensor]:
+    """Logits [B, V] and hidden state [B, C] of the last token of each row, whose text has so many columns at most."""
     found = None
     for start in range(0, columns, CHAIN):
-        new = run()
+        new = run(reading)
         here = (reading.count > start)[:, None]
         found = [torch.where(here, x, y) for x, y in zip(new, found or new, strict=True)]
     return found
 
 
-def read(model, cache: LinearCache, ids: Tensor, mask: Tensor | None, chunk: int | None) -> list[Tensor]:
-    """Take into the cache what it does not hold of a text: logits [B, V] and hidden state [B, C] of its last token.
+def read(run: Replay, ids: Tensor, mask: Tensor | None, chunk: int | None) -> list[Tensor]:
+    """Take into a cache what it does not hold of a text: logits [B, V] and hidden state [B, C] of its last token.
 
     Args:
+        run: has the model and the cache.
         ids: [B, T], what the cache holds included; mask: [B, T], 0 where it is padding.
         chunk: tokens that are read at once, None for all.
     """
-    (batch, length), past = ids.shape, cache.get_seq_length()
+    model, cache, length = run.model, run.cache, ids.shape[1]
+    past = cache.get_seq_length()
     mask = None if mask is None or mask.bool().all() else mask
-    if ids.is_cuda and length - past <= SHORT and (past or begin(model, cache, batch)):
+    if length - past <= SHORT:
         reading = Reading.of(model, cache, ids[:, past:], None if mask is None else mask[:, past:].bool())
-        if not refuses(reading):
-            replay = Replay(reading)
-            found = in_chains(reading, replay, length - past)
-            replay.finish()
+        if run.turn_to(reading):
+            found = in_chains(reading, run, length - past)
             for layer in cache.layers:
                 layer.seen = length
             return found
-        if not past:
-            cache.reset()
     positions = torch.arange(length, device=ids.device).expand_as(ids)
     if mask is not None:
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,17 +14,18 @@ from transformers.generation import (
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinLengthLogitsProcessor,
+    StoppingCriteria,
     TopKLogitsWarper,
 )
 
 from linearize.layers import decoding, graphs, reading
-from linearize.layers.cache import LinearCache
+from linearize.layers.cache import LinearCache, copy_all
 from linearize.layers.config import PRESETS
 from linearize.layers.draft import DraftTree
 from linearize.layers.seam import LinearizedMixin
 
 from .layers import assert_same_memory, memory_of, row_of
-from .test_speculative import BUSHY, SMALL, make, prompts
+from .test_speculative import SMALL, make, prompts
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -123,22 +125,47 @@ def test_typical_acceptance_takes_likely_guesses():
     assert right[:, 1:].all()
 
 
-def stand_in(step):
-    """For `graphs.capture` where there is no GPU: a step on memory of its own, run by Python."""
-    twin = step.twin()
-    tensors = [x.clone() for x in twin.tensors()]
-    captured = graphs.Captured(SimpleNamespace(), twin, tensors, None)
+@torch.inference_mode(False)
+@torch.no_grad()
+def stand_in(step, place):
+    """For `graphs.capture` where there is no GPU: a step that is run by Python, which moves what it changes; from and
+    to tensors that stay where they are, those of `step`, its cache, and what it returns."""
+    moving = step.twin(deepcopy(place.cache))
+    cache = moving.cache
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def run():
+        copy_all([*cache.tensors(), *moving.tensors()], [*place.cache.tensors(), *step.tensors()])
+        memories = [x for layer in cache.layers for x in layer.memory.tensors()]
+        for layer in cache.layers:
+            layer.seen = int(layer.length.max())
+        found = moving()
+        after = [x for layer in cache.layers for x in layer.memory.tensors()]
+        assert all(x is y for x, y in zip(memories, after, strict=True)), "kept heads' memory has moved"
+        copy_all([*place.cache.tensors(), *step.tensors()], [*cache.tensors(), *moving.tensors()])
+        return found
+
+    first = run()
+    found = deepcopy(first)
 
     def replay():
-        torch._foreach_copy_(twin.tensors(), tensors)
-        memories = [x for layer in twin.cache.layers for x in layer.memory.tensors()]
-        captured.found = twin()
-        after = [x for layer in twin.cache.layers for x in layer.memory.tensors()]
-        assert all(x is y for x, y in zip(memories, after, strict=True)), "kept heads' memory has moved"
-        torch._foreach_copy_(tensors, twin.tensors())
+        for x, new in zip(*((y if isinstance(y, tuple) else (y,)) for y in (found, run())), strict=True):
+            x.copy_(new)
 
-    captured.graph.replay = replay
-    return captured
+    return first, graphs.Captured(SimpleNamespace(replay=replay), step, place, found)
+
+
+def use_stand_ins(monkeypatch, capture=stand_in) -> None:
+    """Graphs without a GPU; linear heads are done by torch then."""
+    monkeypatch.setattr(graphs, "survey", lambda model: (None, tuple(x.data_ptr() for x in model.parameters())))
+    monkeypatch.setattr(graphs, "refuses", lambda step, cache, linear: None)
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+
+
+def use_steps(monkeypatch) -> None:
+    monkeypatch.setattr(graphs, "survey", lambda model: ("not now", ()))
 
 
 HYBRID = {0: (1,), 1: (0, 1)}
@@ -153,27 +180,24 @@ def test_kept_heads_go_on_in_slots(kept_window, speculate, monkeypatch):
     use_ours(monkeypatch)
     how = {"custom_generate": model.speculate} if speculate else {}
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
-    nodes, captures = len(BUSHY.parents) if speculate else 1, []
+    captures = {reading.Reading: [], decoding.Step: []}
 
-    def capture(step):
-        captures.append(step.cache.layers[1].memory.k.shape[2])
-        return stand_in(step)
+    def capture(step, place):
+        captures[type(step)].append(place.cache.layers[1].memory.k.shape[2])
+        return stand_in(step, place)
 
     for seed, length, new_tokens in ((0, 11, 70), (1, 20, 9), (2, 35, 40)):
         inputs = prompts(3, length, seed)
         steps = model.generate(**inputs, max_new_tokens=new_tokens, **settings, **how)
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "SLOTS", 16)
-            patch.setattr(graphs, "refuses", lambda step: None)
-            patch.setattr(graphs, "capture", capture)
-            # Linear heads are done by torch here.
-            patch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+            patch.setattr(graphs, "SLOTS", 32 if speculate else 16)
+            use_stand_ins(patch, capture)
             found = model.generate(**inputs, max_new_tokens=new_tokens, **settings, **how)
         assert torch.equal(found.sequences, steps.sequences)
         for ours, theirs in zip(found.past_key_values.layers, steps.past_key_values.layers, strict=True):
             assert ours.seen == theirs.seen
             # In a ring, rows of different lengths have forgotten different slots.
-            assert ours.memory.k.shape[2] <= theirs.memory.k.shape[2] + (0 if kept_window is None else nodes)
+            assert ours.memory.k.shape[2] <= theirs.memory.k.shape[2] + (0 if kept_window is None else graphs.NODES)
             for row in range(3):
                 assert_same_memory(row_of(ours, row), row_of(theirs, row))
         more = prompts(3, 9, seed + 9)["input_ids"]
@@ -184,16 +208,170 @@ def test_kept_heads_go_on_in_slots(kept_window, speculate, monkeypatch):
         ours, theirs = (model(more, position_ids=positions, past_key_values=cache).logits for cache in cut)
         torch.testing.assert_close(ours, theirs)
     if kept_window is None:
-        # The first prompt and a tree of 9 nodes need more than 16.
-        assert captures == ([32, 64, 128] if speculate else [16, 32, 64, 128])
+        assert captures[decoding.Step] == ([] if speculate else [16]) + [32, 64, 128]
+        # The third prompt has 35 tokens, of which a chain takes 16.
+        assert captures[reading.Reading] == ([] if speculate else [16]) + [32, 64]
     else:
-        assert captures == [config.kept_tokens + nodes]
+        assert captures == dict.fromkeys(captures, [config.kept_tokens + graphs.NODES])
+
+
+@pytest.fixture(params=["stand-ins", pytest.param("cuda", marks=ON_GPU)])
+def talk(request, monkeypatch):
+    """A model, and how it goes on with a text [B, T] by graphs, or by steps: `generate`'s output with the cache."""
+    device = "cpu" if request.param == "stand-ins" else "cuda"
+
+    def begin(kept=None):
+        if device == "cuda":
+            model = make(PRESETS["augmented"], kept=kept).float().cuda()
+        else:
+            model = make(SMALL["augmented"], kept=kept)
+            use_ours(monkeypatch)
+
+        def go_on(ids, by_graphs=True, **keywords):
+            settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            with monkeypatch.context() as patch:
+                if not by_graphs:
+                    use_steps(patch)
+                elif device == "cpu":
+                    use_stand_ins(patch)
+                return model.generate(
+                    ids.to(device), return_dict_in_generate=True, **settings | {"use_cache": True} | keywords
+                )
+
+        return model, go_on
+
+    return begin
+
+
+def whole(rows, length, seed):
+    """Rows without padding."""
+    return torch.randint(3, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def free_places(model):
+    places = {id(each.place): each.place for each in graphs._graphs[model].values()}.values()
+    assert not any(place.taken for place in places)
+    return list(places)
+
+
+@pytest.mark.parametrize("kept", [None, HYBRID], ids=["pure", "hybrid"])
+def test_conversations_take_turns(kept, talk):
+    """Each goes on from its own cache, whatever graphs did in between; also where it was cropped, or left by steps."""
+    model, go_on = talk(kept)
+
+    def converse(by_graphs):
+        """What is said in turn, and what the caches hold in the end."""
+        said, caches = [], {}
+        for turn, (name, rows, length) in enumerate([
+            ("one", 1, 30), ("two", 1, 20), ("three", 3, 20), ("one", 1, 9), ("three", 3, 40), ("two", 1, 3),
+            ("cropped", 1, 5), ("four", 3, 25), ("one", 1, 5), ("steps", 1, 20), ("two", 1, 7), ("steps", 1, 20),
+        ]):  # fmt: skip
+            ids, cache = whole(rows, length, turn), None
+            if name == "cropped":
+                ids, cache = torch.cat([said[3][:, :-3].cpu(), ids], dim=1), deepcopy(caches["one"][1])
+                cache.crop(-4)
+            elif name in caches:
+                before, cache = caches[name]
+                ids = torch.cat([said[before].cpu(), ids], dim=1)
+            out = go_on(ids, by_graphs and not (name == "steps" and cache is None), past_key_values=cache)
+            said.append(out.sequences)
+            caches[name] = turn, out.past_key_values
+        return said, [cache for _, cache in caches.values()]
+
+    expected, wanted = converse(False)
+    for _ in range(2):
+        said, found = converse(True)
+        for turn, (x, y) in enumerate(zip(said, expected, strict=True)):
+            assert torch.equal(x, y), turn
+        places = {x.data_ptr() for place in free_places(model) for x in place.cache.tensors() if x.numel()}
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert not places & {x.data_ptr() for x in ours.tensors()}
+            for x, y in zip(ours.layers, theirs.layers, strict=True):
+                assert torch.equal(x.length, y.length) and x.seen == y.seen
+                for row in range(len(x.length)):
+                    for a, b in zip(memory_of(row_of(x, row)), memory_of(row_of(y, row)), strict=True):
+                        torch.testing.assert_close(a, b)
+    # Prompts are read, and texts written, in the same caches: of one row and of three.
+    kinds = [(key[1], each.place.key[1]) for key, each in graphs._graphs[model].items()]
+    assert sorted((kind.__name__, rows) for kind, rows in kinds) == [
+        ("Reading", 1), ("Reading", 3), ("Step", 1), ("Step", 3),
+    ]  # fmt: skip
+    assert len(free_places(model)) == 2
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kept", [None, HYBRID], ids=["pure", "hybrid"])
+def test_a_text_that_was_interrupted_goes_on(kept, talk):
+    model, go_on = talk(kept)
+    ids, other = whole(1, 20, 0), whole(1, 25, 1)
+    expected, others = (go_on(x, by_graphs=False).sequences for x in (ids, other))
+
+    def interrupt():
+        raise Interrupted
+
+    # The first time steps and then chains are captured.
+    for _ in range(3):
+        for after in (21, 26):
+            listener, cache = Listener(after, interrupt), LinearCache(model)
+            with pytest.raises(Interrupted):
+                go_on(ids, past_key_values=cache, streamer=listener)
+            free_places(model)
+            assert torch.equal(go_on(other).sequences, others)
+            text = torch.tensor([listener.tokens])
+            assert cache.length.tolist() == [after - 1]
+            found = go_on(text, past_key_values=cache, max_new_tokens=32 - after).sequences
+            assert torch.equal(found, expected)
+
+
+def test_a_text_within_a_text(talk):
+    """A streamer may have the model write something else in between."""
+    model, go_on = talk()
+    ids, other = whole(1, 20, 0), whole(1, 25, 1)
+    expected, others = (go_on(x, by_graphs=False).sequences for x in (ids, other))
+    for _ in range(3):
+        within = []
+        listener = Listener(25, lambda: within.append(go_on(other).sequences))  # noqa: B023
+        assert torch.equal(go_on(ids, streamer=listener).sequences, expected)
+        assert torch.equal(within[0], others)
+        free_places(model)
+
+
+def test_graphs_outlive_inference_mode(talk):
+    model, go_on = talk()
+    ids = whole(1, 20, 0)
+    expected = go_on(ids, by_graphs=False).sequences
+    with torch.inference_mode():
+        first = [go_on(ids) for _ in range(2)]
+    assert all(torch.equal(x.sequences, expected) for x in [*first, go_on(ids)])
+    longer = torch.cat([expected.cpu(), ids], dim=1)
+    found = go_on(longer, past_key_values=first[1].past_key_values)
+    assert torch.equal(found.sequences, go_on(longer, by_graphs=False).sequences)
+
+
+def test_steps_that_read_the_text_follow_a_graph(talk):
+    """The prompt is read by a graph; steps that a criterion looks at go on from the cache itself."""
+    model, go_on = talk(HYBRID)
+
+    class Patient(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    ids, patient = whole(1, 20, 0), {"stopping_criteria": [Patient()]}
+    expected = go_on(ids, by_graphs=False, custom_generate=model.speculate, **patient)
+    for _ in range(2):
+        go_on(ids)
+        found = go_on(ids, custom_generate=model.speculate, **patient)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.equal(found.past_key_values.length, expected.past_key_values.length)
+        free_places(model)
 
 
 def test_a_model_that_nobody_holds_is_freed(monkeypatch):
     """Graphs are kept for as long as their model is, and no longer."""
-    monkeypatch.setattr(graphs, "refuses", lambda step: None)
-    monkeypatch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+    use_stand_ins(monkeypatch, graphs.capture)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", nullcontext)
     model = make(SMALL["augmented"])
@@ -215,15 +393,16 @@ def test_a_prompt_can_be_read_in_chains(name, kept, monkeypatch):
     inputs = prompts(3, 35)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
-        reading.read(model, other, prompts(3, 50)["input_ids"], None, None)
-        chained.start_like(other)
+        reading.read(graphs.Replay(model, other), prompts(3, 50)["input_ids"], None, None)
+        chained.take(other)
+        chained.clear()
         for more in (0, 40):
             ids = torch.cat([ids, prompts(3, 40, seed=1)["input_ids"][:, :more]], dim=1)
             mask = torch.nn.functional.pad(mask, (0, more), value=1)
             past = 35 if more else 0
-            expected = reading.read(model, whole, ids, mask, None)
+            expected = reading.read(graphs.Replay(model, whole), ids, mask, None)
             some = reading.Reading.of(model, chained, ids[:, past:], mask[:, past:].bool())
-            found = reading.in_chains(some, some, ids.shape[1] - past)
+            found = reading.in_chains(some, graphs.Replay(model, chained), ids.shape[1] - past)
             for x, y in zip(found, expected, strict=True):
                 torch.testing.assert_close(x, y)
     for x, y in zip(whole.layers, chained.layers, strict=True):
@@ -242,7 +421,7 @@ def test_graphs_of_kept_heads(kept_window, speculate, monkeypatch):
         inputs = {name: x.cuda() for name, x in prompts(3, length, seed).items()}
         captured = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "refuses", lambda step: "not now")
+            use_steps(patch)
             steps = model.generate(**inputs, max_new_tokens=new_tokens, **settings)
         assert torch.equal(captured.sequences, steps.sequences)
         for ours, theirs in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):
@@ -250,7 +429,7 @@ def test_graphs_of_kept_heads(kept_window, speculate, monkeypatch):
             for row in range(3):
                 for x, y in zip(memory_of(row_of(ours, row)), memory_of(row_of(theirs, row)), strict=True):
                     torch.testing.assert_close(x, y)
-    found = [each for (fixed, _), each in graphs._graphs[model].items() if decoding.Step in fixed]
+    found = [each for key, each in graphs._graphs[model].items() if decoding.Step in key]
     assert len(found) == (3 if kept_window is None else 1) and all(each.graph is not None for each in found)
 
 
@@ -267,7 +446,7 @@ def test_graphs_go_on_as_steps_do(name, speculate, monkeypatch):
         captured = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
         assert any(found.graph is not None for found in graphs._graphs[model].values())
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "refuses", lambda step: "not now")
+            use_steps(patch)
             steps = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=end, **settings)
         assert torch.equal(captured.sequences, steps.sequences)
         for x, y in zip(captured.past_key_values.layers, steps.past_key_values.layers, strict=True):

@@ -111,7 +111,8 @@ def test_chains_from_nothing(name, without_gradients):
     model = SimpleNamespace(config=LlamaConfig(num_hidden_layers=1), linear_attentions=lambda: {0: layer})
     begun, known = LinearCache(model), LinearCache(model)
     known.layers = [other]
-    begun.start_like(known)
+    begun.take(known)
+    begun.clear()
     (cache,) = begun.layers
 
     index = torch.arange(size, device=DEVICE)
