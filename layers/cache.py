@@ -316,8 +316,8 @@ class LinearCache(Cache):
 
     def clear(self) -> None:
         """Hold no token, in the tensors that there are."""
-        for alike in _by_dtype(self.tensors()).values():
-            torch._foreach_zero_(alike)
+        for (some,) in _alike(self.tensors()):
+            torch._foreach_zero_(some)
         for layer in self.layers:
             if layer.memory.position is not None:
                 layer.memory.position.fill_(PADDING)
@@ -362,18 +362,17 @@ class LinearCache(Cache):
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Each source into its target, of the same dtype."""
-    sources = _by_dtype(sources)
-    for dtype, alike in _by_dtype(targets).items():
-        torch._foreach_copy_(alike, sources[dtype])
+    """Each source into its target."""
+    for some, others in _alike(targets, sources):
+        torch._foreach_copy_(some, others)
 
 
-def _by_dtype(tensors: list[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    """Only what is done to tensors of one dtype takes fewer launches than there are tensors."""
-    found = defaultdict(list)
-    for x in tensors:
-        found[x.dtype].append(x)
-    return found
+def _alike(*lists: list[Tensor]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """Parts of lists of tensors that are each of one dtype, as takes fewer launches than there are tensors."""
+    parts = defaultdict(list)
+    for row in zip(*lists, strict=True):
+        parts[tuple(x.dtype for x in row)].append(row)
+    return [tuple(zip(*rows, strict=True)) for rows in parts.values()]
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

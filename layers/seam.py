@@ -19,6 +19,7 @@ from .attention import LinearAttention
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
 from .decoding import Choice, decode, knows
+from .graphs import parts
 from .rotary import Watch, is_rotary, nothing, rotary_embeddings, rotated, rotates_pairs, skip_nothing, with_capped
 from .speculative import speculate
 from .tokens import segments_from_cu_seqlens
@@ -139,7 +140,7 @@ class LinearizedMixin:
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
         # What `attention_modules` found at installation, without its look at each module's code.
-        modules = [module for module in self.modules() if "linear_attention" in module._modules]
+        modules = [module for module in parts(self) if "linear_attention" in module._modules]
         return {module.layer_idx: module.linear_attention for module in modules}
 
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.

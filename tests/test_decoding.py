@@ -159,9 +159,9 @@ def stand_in(step, place):
 def use_stand_ins(monkeypatch, capture=stand_in) -> None:
     """Graphs without a GPU; linear heads are done by torch then."""
     monkeypatch.setattr(graphs, "survey", lambda model: (None, tuple(x.data_ptr() for x in model.parameters())))
-    monkeypatch.setattr(graphs, "refuses", lambda step, cache, linear: None)
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs.triton_kernels, "step", SimpleNamespace(remember=lambda layer, cache: None))
+    kernels = SimpleNamespace(remember=lambda *_: None, refuses=lambda *_: None, accepts=lambda *_: True)
+    monkeypatch.setattr(graphs.triton_kernels, "step", kernels)
 
 
 def use_steps(monkeypatch) -> None:
@@ -475,3 +475,20 @@ def test_what_is_not_captured():
     hook.remove()
     model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)
     assert len(calls) == 9 and len(graphs._graphs[model]) == 1
+
+
+@ON_GPU
+def test_what_cannot_be_captured_goes_on(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("not here")
+
+    model = make(PRESETS["augmented"], kept=HYBRID).float().cuda()
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    for seed in (0, 1):
+        ids = prompts(1, seed=seed)["input_ids"].cuda()
+        with monkeypatch.context() as patch:
+            use_steps(patch)
+            expected = model.generate(ids, **settings)
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="goes on without a CUDA graph"):
+            patch.setattr(torch.cuda, "graph", refuse)
+            assert torch.equal(model.generate(ids, **settings), expected)
