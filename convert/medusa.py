@@ -17,6 +17,7 @@ from linearize.convert.data import Documents, packed, problems_named, with_label
 from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
 from linearize.convert.progress import TokenProgress
 from linearize.convert.training import label_weights, train
+from linearize.convert.tree import Places, grown, tokens_per_step
 from linearize.layers.cache import LinearCache
 from linearize.layers.decoding import Choice, Rows, Step
 from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
@@ -93,14 +94,13 @@ class WeightedHeads:
 
 
 @torch.no_grad()
-def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-    """[N, depths, RANKS + 1] bool, of N places of texts: whether the token so many places ahead is a head's guess of
-    that rank, or what is copied (see `DraftTree.grown`).
+def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device: torch.device) -> Places:
+    """Where heads and copies are right in texts.
 
     Raises:
         StageError: there is no such place.
     """
-    found = []
+    found, texts = [], []
     for sequence in sequences:
         batch = {name: value[None].to(device) for name, value in sequence.items()}
         ends = [*(batch["position_ids"][0, 1:] == 0).nonzero()[:, 0].add(1).tolist(), batch["input_ids"].shape[1]]
@@ -116,12 +116,13 @@ def right_guesses(model: MedusaModel, sequences: list[dict[str, Tensor]], device
             right = torch.zeros(places, COPIED, RANKS + 1, dtype=torch.bool, device=device)
             heads = guesses[:COPIED, start : start + places].transpose(0, 1)
             right[:, : heads.shape[1], :RANKS] = heads == ahead[:, : heads.shape[1], None]
-            texts = ids.expand(places, -1)
-            right[:, :, COPY] = copies(texts, torch.arange(places, device=device) + 2) == ahead
-            found.append(right[ahead[:, 0] != -100].cpu())
+            known = torch.arange(places, device=device) + 2
+            right[:, :, COPY] = copies(ids.expand(places, -1), known) == ahead
+            found.append(right[ahead[:, 0] != -100])
+            texts.append(torch.full((len(found[-1]),), len(texts), device=device))
     if not any(map(len, found)):
         raise StageError("medusa: no held-out text has a token that heads could guess; use more (evaluate.tokens)")
-    return torch.cat(found)
+    return Places(torch.cat(found), torch.cat(texts))
 
 
 def head_accuracy(right: Tensor, heads: int) -> list[dict]:
@@ -131,17 +132,18 @@ def head_accuracy(right: Tensor, heads: int) -> list[dict]:
 
 
 @torch.no_grad()
-def fastest_tree(model: MedusaModel, right: Tensor) -> tuple[DraftTree, list[dict]]:
+def fastest_tree(model: MedusaModel, places: Places) -> tuple[DraftTree, list[dict]]:
     """The tree that makes most tokens per second on this device, and what was measured: one sequence, per size the best
-    tree, the tokens that it has accepted per step where guesses are `right`, and the milliseconds of a step."""
+    tree, the tokens that its steps accept at places of texts, and the milliseconds of a step."""
     base, best, found = model.base, None, []
     output = base.get_output_embeddings()
     heads = deepcopy(model.heads).to(output.weight.dtype)
     linear = next(iter(base.linear_attentions().values()))
     prompt = torch.randint(output.out_features, (1, 2 * linear.config.ring_size), device=output.weight.device)
+    # An accepted path must fit what the cache keeps in reserve.
+    paths = grown(Places(places.right[:, : linear.config.slack], places.text), max(SIZES))
     for nodes in SIZES:
-        # An accepted path must fit what the cache keeps in reserve.
-        tree = DraftTree.grown(right[:, : linear.config.slack], nodes)
+        tree = DraftTree.of(paths[: nodes - 1])
         cache = LinearCache(base)
         base(prompt, past_key_values=cache, use_cache=True)
         rows = Rows(prompt, [])
@@ -155,7 +157,7 @@ def fastest_tree(model: MedusaModel, right: Tensor) -> tuple[DraftTree, list[dic
                 run(step).cpu()
                 taken.append(time.perf_counter() - began)
         seconds = statistics.median(taken[WARM_UP:])
-        tokens = tree.expected(right)
+        tokens = tokens_per_step(tree, places)
         found.append({"nodes": len(tree.parents), "tokens": tokens, "ms": seconds * 1e3})
         if best is None or tokens / seconds > best[0]:
             best = tokens / seconds, tree
@@ -244,8 +246,9 @@ def run(context: Context) -> Artifact:
 
 def measured_heads(context: Context, model: MedusaModel) -> dict:
     """How often heads and copies are right on held-out text, and the tree that follows from it."""
-    right = right_guesses(model, heldout_sequences(context, model.base, context.recipe.medusa), context.device)
-    tree, sizes = fastest_tree(model, right)
+    places = right_guesses(model, heldout_sequences(context, model.base, context.recipe.medusa), context.device)
+    tree, sizes = fastest_tree(model, places)
+    right = places.right
     return {
         "head_accuracy": head_accuracy(right, len(model.heads.blocks)),
         "copy_accuracy": right[:, :, COPY].float().mean(0).tolist(),

@@ -5,7 +5,6 @@ there when the text last said what it says now (prompt lookup; Saxena 2023, Yang
 themselves, the longer and the smaller the model, the more.
 """
 
-import heapq
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,37 +72,6 @@ class DraftTree:
             ranks.append(path[-1])
         return cls(tuple(parents), tuple(ranks))
 
-    @classmethod
-    def grown(cls, right: Tensor, nodes: int) -> "DraftTree":
-        """The tree of `nodes` nodes, or of fewer that are ever right, of which most tokens are accepted per step: node
-        by node, the one that adds most.
-
-        Args:
-            right: [N, D, RANKS + 1] bool, whether at each of N places of a text the guess of a depth and rank is right.
-        """
-        places, depth, ranks = right.shape
-        covered = torch.zeros(depth, places, dtype=torch.bool, device=right.device)
-        accepted = {(): torch.ones(places, dtype=torch.bool, device=right.device)}
-        waiting = [(-1.0, ())]
-        while waiting and len(accepted) < nodes:
-            promised, path = heapq.heappop(waiting)
-            if path:
-                alive = accepted[path[:-1]] & right[:, len(path) - 1, path[-1]]
-                gain = float((alive & ~covered[len(path) - 1]).float().mean())
-                if gain < -promised and waiting and -waiting[0][0] > gain:
-                    # What was chosen since then has taken some of it.
-                    heapq.heappush(waiting, (-gain, path))
-                    continue
-                if not gain:
-                    break
-                accepted[path] = alive
-                covered[len(path) - 1] |= alive
-            if len(path) < depth:
-                gains = (accepted[path][:, None] & right[:, len(path)] & ~covered[len(path)][:, None]).float().mean(0)
-                for rank, gain in enumerate(gains.tolist()):
-                    heapq.heappush(waiting, (-gain, (*path, rank)))
-        return cls.of([list(path) for path in accepted if path])
-
     @cached_property
     def paths(self) -> list[list[int]]:
         """Of all nodes but node 0, as `of` takes them."""
@@ -157,12 +125,3 @@ class DraftTree:
         for node, depth in enumerate(self.depths):
             ways[node, : depth + 1] = self.ancestors[node].nonzero().squeeze(1)
         return ways
-
-    def expected(self, right: Tensor) -> float:
-        """Tokens accepted per step, node 0 among them; `right` as of `grown`."""
-        alive = [torch.ones(len(right), dtype=torch.bool, device=right.device)]
-        longest = torch.zeros(len(right), device=right.device)
-        for parent, path in zip(self.parents[1:], self.paths, strict=True):
-            alive.append(alive[parent] & right[:, len(path) - 1, path[-1]])
-            longest = torch.maximum(longest, alive[-1] * float(len(path)))
-        return 1 + float(longest.mean())

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.decoding import Rows, Step
-from linearize.layers.draft import COPIED, COPY, RANKS, DraftTree, copies
+from linearize.layers.draft import COPIED, COPY, DraftTree, copies
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import install
 from linearize.layers.speculative import attach_heads
@@ -262,24 +262,6 @@ def test_heads_of_a_frozen_model_can_be_trained(projection, sequential, paramete
     output = torch.nn.Linear(8, 11, bias=False).requires_grad_(False)
     heads = MedusaHeads(output, 2, projection, sequential)
     assert sum(x.numel() for x in heads.parameters() if x.requires_grad) == parameters
-
-
-def test_grown_trees():
-    right = torch.zeros(10, 2, RANKS + 1, dtype=torch.bool)
-    # Depth 1: the first guess at 6 of 10 places, the second at 2 others, the copied one where the first is, and at 1.
-    right[:6, 0, 0] = right[6:8, 0, 1] = right[:5, 0, COPY] = right[8, 0, COPY] = True
-    # Depth 2: at half of the former 6, and the copied one at the latter 2.
-    right[:3, 1, 0] = right[6:8, 1, COPY] = True
-    tree = DraftTree.grown(right, 4)
-    assert tree.paths == [[0], [1], [0, 0]]
-    assert tree.expected(right) == pytest.approx(1 + 0.6 + 0.2 + 0.3)
-    assert DraftTree.grown(right, 5).paths == [[0], [1], [0, 0], [1, COPY]]
-    # What adds nothing is left out.
-    whole = DraftTree.grown(right, 99)
-    assert whole.paths == [[0], [1], [COPY], [0, 0], [1, COPY]] and whole.heads == 2
-    assert whole.expected(right) == pytest.approx(1 + 0.9 + 0.5)
-    assert tree.ancestors.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
-    assert tree.ways.tolist() == [[0, -1, -1], [0, 1, -1], [0, 2, -1], [0, 1, 3]]
 
 
 @settings(max_examples=50, deadline=None)
