@@ -173,11 +173,12 @@ class LinearCacheLayer(CacheLayerMixin):
         self.segment.fill_(1)
         self.seen += columns
 
-    def accept(self, path: Tensor) -> None:
+    def accept(self, path: Tensor, clock: Tensor | None = None) -> None:
         """Commit nodes of the tree that the last forward verified.
 
         Args:
             path: [B, n] node indices from the root on; -1 fills rows that accept fewer.
+            clock: [2, B], a copy of `length` and `count`, if there is one.
         """
         draft, self.draft = self.draft, None
         self.memory.accept(path, self.length)
@@ -185,7 +186,8 @@ class LinearCacheLayer(CacheLayerMixin):
             self.advance((path >= 0).sum(1), path.shape[1])
             return
         if draft.far is not None and self.far is not None and triton_kernels.step.accepts(self, path.shape[1]):
-            triton_kernels.step.accept(self, draft.keys, draft.far, path)
+            clock = torch.stack([self.length, self.count]) if clock is None else clock
+            triton_kernels.step.accept(self, draft.keys, draft.far, path, clock)
             return
         passage = self.passage(path.shape[1], path=path)
         keys = self.recall({name: _pick(x, path.clamp(min=0)) for name, x in draft.keys.items()}, passage)
@@ -356,9 +358,11 @@ class LinearCache(Cache):
 
     def accept(self, path: Tensor) -> None:
         """`LinearCacheLayer.accept` on every linear layer."""
-        for layer in self.layers:
-            if isinstance(layer, LinearCacheLayer):
-                layer.accept(path)
+        layers = [layer for layer in self.layers if isinstance(layer, LinearCacheLayer)]
+        # One for all that fused steps know, which hold as many tokens.
+        clock = next((torch.stack([layer.length, layer.count]) for layer in layers if layer.far is not None), None)
+        for layer in layers:
+            layer.accept(path, clock)
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

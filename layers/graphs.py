@@ -23,7 +23,7 @@ KEPT = 8
 # The fewest slots for tokens of kept heads; a power of 2.
 SLOTS = 1024
 # Nodes that kept heads which forget have slots for at least, so that plain steps share a place with `reading`'s chains.
-NODES = 16
+NODES = 64
 
 
 @dataclass

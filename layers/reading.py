@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .cache import LinearCache
-from .graphs import Replay
+from .graphs import NODES, Replay
 
 # Tokens of a chain, which enter the cache at once, and of the longest prompt that is read so.
-CHAIN = 16
-SHORT = 256
+CHAIN = NODES
+SHORT = 512
 
 
 def forward(model, cache: LinearCache, ids: Tensor, positions: Tensor, **keywords) -> tuple[Tensor, Tensor]:

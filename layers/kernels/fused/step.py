@@ -219,25 +219,26 @@ def verify(
 
 
 def accepts(cache, longest: int) -> bool:
-    """Whether `accept` takes paths of so many nodes: where the ring has no room for one, FOLD tokens leave at once, and
-    so many must be there."""
-    return longest <= min(FOLD, cache.config.ring_size)
+    """Whether `accept` takes paths of so many nodes: none of them may leave the ring at once."""
+    return longest <= cache.config.ring_size
 
 
-def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor) -> None:
+def accept(cache, keys: dict[str, Tensor], far: dict[str, Tensor], path: Tensor, clock: Tensor) -> None:
     """Nodes `path` [B, n] of the tree that was verified last become tokens of the ring; -1 fills rows that accept
-    fewer. keys: of the tree, by name; far: what `verify` has given."""
+    fewer. keys: of the tree, by name; far: what `verify` has given; clock: [2, B], a copy of `length` and `count`."""
     k, v, raw = (_dense(keys.get(name)) for name in ("k", "v", "raw"))
     batch, kv_heads, nodes, dim = k.shape
     value_dim, width = v.shape[3], far["phi"].shape[3]
     ring, sinks, state = cache.ring, cache.sinks, cache.state
-    clock = torch.stack([cache.length, cache.count])
+    columns = _block(value_dim)
+    # As much of the state at once as there are registers for.
+    features = min(_block(width), 8192 // columns)
     tree_accept.accept[batch * kv_heads,](
         path.contiguous(), k, v, raw, far["phi"], far["log_decay"], far["beta"],
         ring["k"], ring["v"], ring.get("raw"), sinks["k"], sinks["v"], sinks.get("raw"),
         *(cache.far.get(name) for name in FAR), state.S, state.z, clock, cache.length, cache.count, cache.segment,
         *strides(k, v, k if raw is None else raw), batch, path.shape[1], nodes, ring["v"].shape[2],
-        KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=_block(value_dim), F=width, BF=_block(width), FEATURES=32,
+        KV=kv_heads, D=dim, BD=_block(dim), V=value_dim, BV=columns, F=width, BF=_block(width), FEATURES=features,
         SINKS=cache.config.sinks, FOLD=FOLD, DELTA=cache.config.state == "delta",
         P="tf32" if v.dtype == torch.bfloat16 else "ieee", num_warps=4,
     )  # fmt: skip
