@@ -183,8 +183,6 @@ class FinetuneSection(Training):
         for _, length in self.phases:
             if self.chunk < length and length % self.chunk:
                 raise ValueError(f"chunk: {self.chunk} does not divide sequences of {length} tokens")
-        if self.deepspeed is not None:
-            raise ValueError("chunk: DeepSpeed calls backward once per sequence; set deepspeed: null, or chunk: null")
         return self
 
     @field_validator("deepspeed")
