@@ -76,13 +76,15 @@ def convert(
     from linearize.convert.pipeline import run, stages_to_run
     from linearize.convert.plan import load_plan, make_plan, save_plan, show_memory, show_plan
 
-    wanted = 1 if processes.launched() else processes_wanted(launch, gpus)
+    sections = (context.recipe.finetune, context.recipe.medusa)
+    deepspeed = any(section is not None and section.deepspeed for section in sections)
+    wanted = 0 if processes.launched() else processes_wanted(launch, gpus, deepspeed)
     processes.join()
     console.quiet = not processes.is_main()
     todo = processes.alone(stages_to_run, context, only, start, resume, max(wanted, processes.count()))
     if todo:
         plan = make_plan(context)
-        if wanted > 1:
+        if wanted:
             # What can be told before is told by this process.
             launch_workers(launch, wanted, sys.argv[1:], context.directory)
             return

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from linearize.convert import zero
 from linearize.layers.cache import LinearCache, LinearCacheLayer
 
 
@@ -34,10 +35,13 @@ class Chunks:
         model: linearized, and of no layers for which `cannot_carry` has a reason.
         input_ids, position_ids: [B, T]; a document begins where positions do not go on.
         size: tokens of each row in a chunk, 2 or more.
+        engine: DeepSpeed's, around `model`, which is to see every forward and backward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, size: int):
-        self.model, self.input_ids, self.position_ids = model, input_ids, position_ids
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, size: int, engine: nn.Module | None = None
+    ):
+        self.model, self.input_ids, self.position_ids, self.engine = model, input_ids, position_ids, engine
         self.places = [slice(start, start + size) for start in range(0, input_ids.shape[1], size)]
         starts = position_ids.diff(dim=1) != 1
         self.segments = nn.functional.pad(starts.cumsum(1), (1, 0)) + 1 if starts.any() else None
@@ -54,8 +58,8 @@ class Chunks:
         cache, total = LinearCache(self.model), 0.0
         for place in self.places:
             cache = cache.branch(Tensor.detach, self._segments(place), detached=True)
-            share = loss(self._forward(self.model, place, cache).logits, place)
-            _backward([share], [None])
+            share = loss(self._forward(self.engine or self.model, place, cache).logits, place)
+            self._backward(share, is_last=place == self.places[-1])
             total = total + share.detach()
         return total
 
@@ -74,15 +78,15 @@ class Chunks:
             cache = before.pop().branch(lambda x: x.detach().requires_grad_(), self._segments(place))
             leaves = cache.contents()
             torch.manual_seed(seed)
-            share = loss(self._forward(self.model, place, cache).logits, place)
-            roots = [share]
+            share = loss(self._forward(self.engine or self.model, place, cache).logits, place)
+            total, root = total + share.detach(), share
             if gradients:
                 # A value has no gradient that nobody has looked at, and needs none where nothing before it is trained.
                 pairs = zip(cache.contents(), gradients, strict=True)
-                pairs = [(x, dx) for x, dx in pairs if x.requires_grad and dx is not None]
-                roots, gradients = [share, *(x for x, _ in pairs)], [dx for _, dx in pairs]
-            _backward(roots, [None, *gradients])
-            gradients, total = [x.grad for x in leaves], total + share.detach()
+                # One number, as DeepSpeed wants, whose gradient with respect to a value is what is known of it.
+                root = share + sum((x * dx).sum() for x, dx in pairs if x.requires_grad and dx is not None)
+            self._backward(root, is_last=place == self.places[0])
+            gradients = [x.grad for x in leaves]
         return total
 
     def _segments(self, place: slice) -> Tensor | None:
@@ -92,11 +96,13 @@ class Chunks:
         ids, positions = self.input_ids[:, place], self.position_ids[:, place]
         return module(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
 
-
-def _backward(roots: list[Tensor], gradients: list[Tensor | None]) -> None:
-    # Autocast is for forward passes: here it would round what they have computed in single precision.
-    with torch.autocast(roots[0].device.type, enabled=False):
-        torch.autograd.backward(roots, gradients)
+    def _backward(self, root: Tensor, is_last: bool) -> None:
+        # Autocast is for forward passes: here it would round what they have computed in single precision.
+        with torch.autocast(root.device.type, enabled=False):
+            if self.engine is None:
+                root.backward()
+            else:
+                zero.add_gradients(self.engine, root, is_last)
 
 
 def recompute_blocks(model: nn.Module) -> None:

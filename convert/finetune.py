@@ -44,7 +44,8 @@ class NextTokenAndDistillation:
             return self._weighted(logits, part, labels[:, place], weights[:, place] / accumulation)
 
         base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
-        chunks = Chunks(base, batch["input_ids"], batch["position_ids"], self.section.chunk)
+        engine = None if model is unwrapped else model
+        chunks = Chunks(base, batch["input_ids"], batch["position_ids"], self.section.chunk, engine)
         return chunks.backward(share, exact=self.section.backward == "exact") * accumulation
 
     def _weighted(self, logits: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor) -> Tensor:
@@ -92,7 +93,9 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
         recompute_blocks(model)
     elif section.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        # Frozen embeddings would otherwise cut the graph in front of the first recomputed block.
+    if section.gradient_checkpointing or section.deepspeed:
+        # Behind frozen embeddings, a graph would begin inside the first block: not at what is recomputed, nor at the
+        # input of a layer, whose gradient ZeRO-3 takes for a sign that the layer's own are there.
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}

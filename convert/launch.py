@@ -19,11 +19,14 @@ REASON = "LINEARIZE_REASON"
 LOG = "launch.log"
 
 
-def processes_wanted(launcher: Launcher, gpus: int | None) -> int:
-    """How many processes to start; 1 to go on in this one.
+def processes_wanted(launcher: Launcher, gpus: int | None, deepspeed: bool) -> int:
+    """How many processes to start; 0 to go on in this one.
+
+    Args:
+        deepspeed: whether a stage uses it; it reads a launcher's environment even as one process.
 
     Raises:
-        StageError: there is no such launcher, or more are asked for than there are GPUs.
+        StageError: there is no such launcher, more are asked for than there are GPUs, or DeepSpeed without a launcher.
     """
     if launcher not in get_args(Launcher):
         raise StageError(f"--launch {launcher}: expected {', '.join(get_args(Launcher))}")
@@ -33,8 +36,11 @@ def processes_wanted(launcher: Launcher, gpus: int | None) -> int:
     if launcher == "none":
         if gpus not in (None, 1):
             raise StageError(f"--launch none: runs as one process, not as --gpus {gpus}")
-        return 1
-    return gpus or max(present, 1)
+        if deepspeed:
+            raise StageError("--launch none: DeepSpeed is started by a launcher, as one process too; use --launch auto")
+        return 0
+    wanted = gpus or max(present, 1)
+    return wanted if wanted > 1 or deepspeed else 0
 
 
 def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[str]:
@@ -42,8 +48,8 @@ def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[st
     module = ["--module", "linearize.cli", *arguments]
     if launcher == "deepspeed":
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), *module]
-    if not torch.cuda.is_available():
-        # accelerate starts several processes on CPUs by MPI alone.
+    if not torch.cuda.is_available() or processes == 1:
+        # accelerate starts several processes on CPUs by MPI alone, and a single one without a launcher's environment.
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*torchrun, "--nproc_per_node", str(processes), *module]
     options = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}

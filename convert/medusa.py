@@ -43,6 +43,8 @@ class MedusaModel(nn.Module):
     def __init__(self, base: nn.Module, section: MedusaSection):
         super().__init__()
         self.base = base
+        # Its sizes are what `auto` in a DeepSpeed configuration stands for.
+        self.config = base.config
         self.heads = MedusaHeads(base.get_output_embeddings(), section.heads, section.projection, section.sequential)
         train_only(self, lambda name: name.startswith("heads."))
 
@@ -188,27 +190,30 @@ def own_prompts(context: Context, sources: Sequence[Documents], field: str, toke
 
 
 def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: str) -> list[Tensor]:
-    """What the model says, greedily, after prompts, these included; batches that were written before are read.
+    """What the model says, greedily, after prompts, these included. Each process writes some of the batches, which are
+    the same however many there are; those that were written before are read.
 
     Args:
         name: of their directory in the stage's.
     """
     directory, length = context.stage_directory("medusa") / name, min(context.recipe.medusa.length, LONGEST)
     directory.mkdir(parents=True, exist_ok=True)
-    texts = []
-    with TokenProgress(context.console, len(prompts), length) as bar:
-        for start in range(0, len(prompts), ROWS):
-            path, part = directory / f"{start:06}.safetensors", prompts[start : start + ROWS]
+    batches = {directory / f"{start:06}.safetensors": prompts[start : start + ROWS]
+               for start in range(0, len(prompts), ROWS)}  # fmt: skip
+    own = processes.share([*batches.items()])
+    with TokenProgress(context.console, sum(len(part) for _, part in own), length) as bar:
+        said = 0
+        for path, part in own:
             if not path.exists():
                 longest = max(map(len, part))
                 found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
                 rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
                 save_file(rows, path.with_suffix(".part"))
                 path.with_suffix(".part").replace(path)
-            written = load_file(path)
-            texts += [written[row] for row in sorted(written)]
-            bar.show(len(texts), "text of its own")
-    return texts
+            said += len(part)
+            bar.show(said, "text of its own")
+    processes.wait()
+    return [written[row] for written in map(load_file, batches) for row in sorted(written)]
 
 
 def heldout_sequences(context: Context, base: nn.Module, section: MedusaSection) -> list[dict[str, Tensor]]:
@@ -231,22 +236,38 @@ def heldout_sequences(context: Context, base: nn.Module, section: MedusaSection)
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
-    base = merged_model(context).to(context.device)
-    if section.bf16:
-        to_bfloat16(base)
+    base = final_model(context)
     documents = None
     if section.own_text is not None:
         prompts = own_prompts(context, context.training_documents, "data.train", section.own_text)
-        documents = [processes.alone(own_texts, context, base, prompts, "own_text")]
+        documents = [own_texts(context, base, prompts, "own_text")]
+    # All processes write these, too, which none can by itself once ZeRO-3 has given each a part of the model.
+    heldout = heldout_sequences(context, base, section)
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
-    measured = processes.alone(measured_heads, context, model.eval())
+    if section.deepspeed:
+        del base, model
+        model = None
+    measured = processes.alone(measured_heads, context, model, heldout)
     return Artifact(context.stage_directory("medusa"), {"loss": losses, **measured})
 
 
-def measured_heads(context: Context, model: MedusaModel) -> dict:
-    """How often heads and copies are right on held-out text, and the tree that follows from it."""
-    places = right_guesses(model, heldout_sequences(context, model.base, context.recipe.medusa), context.device)
+def final_model(context: Context) -> nn.Module:
+    """The converted model that the heads are for, as they see it."""
+    base = merged_model(context).to(context.device)
+    if context.recipe.medusa.bf16:
+        to_bfloat16(base)
+    return base
+
+
+def measured_heads(context: Context, model: MedusaModel | None, heldout: list[dict[str, Tensor]]) -> dict:
+    """How often heads and copies are right on held-out text, and the tree that follows from it.
+
+    Args:
+        model: None reads it anew.
+    """
+    model = (model or trained_model(context, final_model(context))).eval()
+    places = right_guesses(model, heldout, context.device)
     tree, sizes = fastest_tree(model, places)
     right = places.right
     return {
@@ -257,8 +278,13 @@ def measured_heads(context: Context, model: MedusaModel) -> dict:
     }
 
 
-def trained_draft(context: Context, base: nn.Module) -> tuple[MedusaHeads, DraftTree]:
-    """The heads that the stage trained, and the tree that it found for them."""
+def trained_model(context: Context, base: nn.Module) -> MedusaModel:
+    """`base` with the heads that the stage trained."""
     model = MedusaModel(base, context.recipe.medusa)
     load_weights(model, context.stage_directory("medusa"))
-    return model.heads, DraftTree.of(context.state("medusa")["metrics"]["tree"])
+    return model
+
+
+def trained_draft(context: Context, base: nn.Module) -> tuple[MedusaHeads, DraftTree]:
+    """The heads that the stage trained, and the tree that it found for them."""
+    return trained_model(context, base).heads, DraftTree.of(context.state("medusa")["metrics"]["tree"])

@@ -139,8 +139,10 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise ValueError(f"model.tokenizer: {error}") from error
     _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None), position_limit(model))
 
-    if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
+    for stage in ("finetune", "medusa"):
+        section = getattr(recipe, stage)
+        if section and section.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(f"{stage}.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
     if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
         configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
         if "optimizer" in configuration:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -49,6 +49,17 @@ def count() -> int:
 def is_main() -> bool:
     """Whether this process does what only one does: it prints, and writes results."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def share(work: Sequence[T]) -> Sequence[T]:
+    """What this process does of work that all do together."""
+    return work[distributed.get_rank() :: count()] if distributed.is_initialized() else work
+
+
+def wait() -> None:
+    """Until all processes have come so far."""
+    if distributed.is_initialized():
+        PartialState().wait_for_everyone()
 
 
 def alone(work: Callable[..., T], *arguments) -> T:

@@ -86,10 +86,16 @@ class StageTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         # Where layers are local, the teacher is the model as it is used: no dropout.
         model.train(not self.objective.is_local)
+        engine = model if self.is_deepspeed_enabled else None
+        if engine is not None:
+            engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            # Not the wrapper of a distributed launch, which knows nothing of gradients made inside the forward.
-            loss = self.compute_loss(self.model, self._prepare_inputs(inputs))
-        if processes.count() > 1 and self.accelerator.sync_gradients:
+            # The wrapper of a distributed launch knows nothing of gradients made inside the forward; the engine does.
+            loss = self.compute_loss(engine or self.model, self._prepare_inputs(inputs))
+        if engine is not None:
+            if self.accelerator.sync_gradients:
+                engine.step()
+        elif processes.count() > 1 and self.accelerator.sync_gradients:
             # Once per step, and before a common norm clips them.
             processes.average_gradients([*self.model.parameters()])
         return loss.detach() / self.current_gradient_accumulation_steps

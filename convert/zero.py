@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from linearize.layers.attention import LinearAttention
@@ -28,6 +28,19 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(parts)
+
+
+def add_gradients(engine: nn.Module, root: Tensor, is_last: bool) -> None:
+    """One of several backward passes of a micro batch, each behind a forward pass of the engine; gradients are reduced
+    at each, as with gradient accumulation, and summed.
+
+    Args:
+        root: a scalar.
+    """
+    boundary = engine.is_gradient_accumulation_boundary()
+    engine.set_gradient_accumulation_boundary(boundary and is_last)
+    engine.backward(root, scale_wrt_gas=False)
+    engine.set_gradient_accumulation_boundary(boundary)
 
 
 def leave() -> None:

@@ -123,7 +123,25 @@ class DataSection(Section):
     heldout: DataSources
 
 
-class FinetuneSection(Training):
+class ShardedTraining(Training):
+    """Training by several processes that may share out optimizer, gradients and weights, too.
+
+    Attributes:
+        deepspeed: `zero2`, `zero3`, `zero3-offload` (to the CPU), or the path of a DeepSpeed JSON configuration.
+    """
+
+    deepspeed: Text | None = None
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _deepspeed_exists(cls, name: str | None) -> str | None:
+        if name and not deepspeed_file(name).is_file():
+            shipped = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
+            raise ValueError(f"no such file: {name}; there are {shipped}, or a path")
+        return name
+
+
+class FinetuneSection(ShardedTraining):
     """End-to-end finetuning of the converted model.
 
     Attributes:
@@ -135,7 +153,6 @@ class FinetuneSection(Training):
         next_token: weight of the next-token cross-entropy.
         distill: weight of the KL divergence from the same model in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
-        deepspeed: `zero2`, `zero3`, `zero3-offload` (to the CPU), or the path of a DeepSpeed JSON configuration.
         gradient_checkpointing: recompute activations in the backward pass.
         chunk: tokens of each sequence that go through the model at once, with a cache from one chunk to the next, so
             that memory for activations does not grow with `length`. It divides the length of every phase, or is as
@@ -154,7 +171,6 @@ class FinetuneSection(Training):
     next_token: Weight = 1.0
     distill: Weight = 0.0
     attention_lr: LearningRate | None = None
-    deepspeed: Text | None = None
     gradient_checkpointing: bool = False
     chunk: Annotated[int, Field(ge=2)] | None = None
     backward: Literal["exact", "truncated"] = "exact"
@@ -183,20 +199,10 @@ class FinetuneSection(Training):
         for _, length in self.phases:
             if self.chunk < length and length % self.chunk:
                 raise ValueError(f"chunk: {self.chunk} does not divide sequences of {length} tokens")
-        if self.deepspeed is not None:
-            raise ValueError("chunk: DeepSpeed calls backward once per sequence; set deepspeed: null, or chunk: null")
         return self
 
-    @field_validator("deepspeed")
-    @classmethod
-    def _deepspeed_exists(cls, name: str | None) -> str | None:
-        if name and not deepspeed_file(name).is_file():
-            shipped = ", ".join(sorted(path.stem for path in DEEPSPEED.glob("*.json")))
-            raise ValueError(f"no such file: {name}; there are {shipped}, or a path")
-        return name
 
-
-class MedusaSection(Training):
+class MedusaSection(ShardedTraining):
     """Medusa heads for speculative decoding.
 
     Attributes:
