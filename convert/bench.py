@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from linearize.convert.context import StageError
+from linearize.convert.data import encode
 from linearize.convert.progress import TokenProgress
 from linearize.convert.sources import first_line
 from linearize.layers.speculative import load_heads
@@ -49,15 +50,6 @@ def read_prompts(path: Path, tokenizer, limit: int | None) -> list[Prompt]:
     if not found:
         raise StageError(f"{path}: holds no prompt")
     return found
-
-
-def encode(tokenizer, messages: list[dict]) -> Tensor:
-    """[T] tokens of a chat, or of its last message where the tokenizer has no chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"][0]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"][0]
 
 
 def draft_with(model, path: Path) -> None:

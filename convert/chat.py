@@ -3,7 +3,7 @@
 import torch
 from transformers import TextStreamer
 
-from linearize.convert.bench import encode
+from linearize.convert.data import encode
 
 
 def reply(

@@ -39,8 +39,9 @@ class Chunks:
     """
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, size: int, engine: nn.Module | None = None
-    ):
+        self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, size: int,
+        engine: nn.Module | None = None,
+    ):  # fmt: skip
         self.model, self.input_ids, self.position_ids, self.engine = model, input_ids, position_ids, engine
         self.places = [slice(start, start + size) for start in range(0, input_ids.shape[1], size)]
         starts = position_ids.diff(dim=1) != 1

@@ -31,24 +31,38 @@ def documents(source: DataSource, tokenizer, characters: int | None = None) -> I
         ValueError: the field is not in the data or holds neither text nor chat messages, the tokenizer has no
             template for chat data, or there are no documents.
     """
-    empty = True
-    for value in _values(source):
-        if not value or isinstance(value, str) and not value.strip():
-            continue
+    for value in _present(source, tokenizer):
         if isinstance(value, str):
             ids = tokenizer(value.lstrip()[:characters] if characters else value, verbose=False)["input_ids"]
-        elif isinstance(value, list) and isinstance(value[0], dict):
-            ids = tokenizer.apply_chat_template(_messages(value, source, tokenizer), return_dict=False)
         else:
-            raise ValueError(
-                f"field {source.field!r} of {source.source} holds {type(value).__name__}, not text or chat messages"
-            )
+            ids = tokenizer.apply_chat_template(value, return_dict=False)
         if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
-        empty = False
         yield ids
-    if empty:
-        raise ValueError(f"{source.source} has no documents")
+
+
+def prompts(source: DataSource, tokenizer) -> Iterator[torch.Tensor]:
+    """Token ids of what each document of a source asks for: a text is a user's message; of chat messages, what comes
+    after the user's last one is left out.
+
+    Raises:
+        ValueError: as `documents`, or no user says anything in a chat.
+    """
+    for value in _present(source, tokenizer):
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        ends = [number for number, message in enumerate(messages, 1) if message["role"] == "user"]
+        if not ends:
+            raise ValueError(f"field {source.field!r} of {source.source} holds a chat without a user's message")
+        yield encode(tokenizer, messages[: ends[-1]])
+
+
+def encode(tokenizer, messages: list[dict]) -> torch.Tensor:
+    """[T] tokens of a chat, or of its last message where the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        return tokenizer(messages[-1]["content"], return_tensors="pt")["input_ids"][0]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"][0]
 
 
 class Documents:
@@ -66,6 +80,24 @@ class Documents:
                     return
                 self._kept.append(torch.tensor(ids))
             yield self._kept[index]
+
+
+def _present(source: DataSource, tokenizer) -> Iterator[str | list[dict]]:
+    """Texts, and chats as messages with `role` and `content`, that are not blank."""
+    empty = True
+    for value in _values(source):
+        if not value or isinstance(value, str) and not value.strip():
+            continue
+        if isinstance(value, list) and isinstance(value[0], dict):
+            value = _messages(value, source, tokenizer)
+        elif not isinstance(value, str):
+            raise ValueError(
+                f"field {source.field!r} of {source.source} holds {type(value).__name__}, not text or chat messages"
+            )
+        empty = False
+        yield value
+    if empty:
+        raise ValueError(f"{source.source} has no documents")
 
 
 def _values(source: DataSource) -> Iterator[str | list | None]:

@@ -2,20 +2,16 @@
 
 import statistics
 import time
-from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linearize.convert import processes
-from linearize.convert.batches import read_evenly
-from linearize.convert.bench import Prompt, encode, generate
 from linearize.convert.context import Artifact, Context, StageError
-from linearize.convert.data import Documents, packed, problems_named, with_labels
+from linearize.convert.data import packed
 from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
-from linearize.convert.progress import TokenProgress
+from linearize.convert.own_text import answer, own_prompts, own_texts
 from linearize.convert.training import label_weights, train
 from linearize.convert.tree import Places, grown, tokens_per_step
 from linearize.layers.cache import LinearCache
@@ -26,12 +22,6 @@ from linearize.layers.medusa import MedusaHeads
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import MedusaSection
 
-# Tokens of the data that a text of the model's own begins with.
-PROMPT = 32
-# Tokens of such a text at most: in longer ones small models say the same without end, which any tree guesses.
-LONGEST = 192
-# Texts that it writes at once.
-ROWS = 256
 # Sizes of trees that are tried, and how often.
 SIZES = (1, 4, 8, 16, 32, 64)
 WARM_UP, REPEATS = 2, 5
@@ -166,83 +156,19 @@ def fastest_tree(model: MedusaModel, places: Places) -> tuple[DraftTree, list[di
     return best[1], found
 
 
-def own_prompts(context: Context, sources: Sequence[Documents], field: str, tokens: int) -> list[Tensor]:
-    """What `tokens` tokens of the model's own text begin with: pieces of the sources, and, where the tokenizer has a
-    chat template, every second one as a user's message.
-
-    Raises:
-        StageError: naming the recipe's `field`, when no document is long enough.
-    """
-    length = min(context.recipe.medusa.length, LONGEST)
-    pieces = [
-        document[start : start + PROMPT]
-        for document in read_evenly([iter(source) for source in sources], tokens)
-        for start in range(0, len(document) - PROMPT, length)
-    ][: -(-tokens // length)]
-    if not pieces:
-        raise StageError(f"medusa.own_text: no document of {field} has more than {PROMPT} tokens to go on from")
-    tokenizer = context.tokenizer
-    if tokenizer.chat_template is not None:
-        for index in range(1, len(pieces), 2):
-            text = tokenizer.decode(pieces[index], skip_special_tokens=True)
-            pieces[index] = encode(tokenizer, [{"role": "user", "content": text}])
-    return pieces
-
-
-def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: str) -> list[Tensor]:
-    """What the model says, greedily, after prompts, these included. Each process writes some of the batches, which are
-    the same however many there are; those that were written before are read.
-
-    Args:
-        name: of their directory in the stage's.
-    """
-    directory, length = context.stage_directory("medusa") / name, min(context.recipe.medusa.length, LONGEST)
-    directory.mkdir(parents=True, exist_ok=True)
-    batches = {directory / f"{start:06}.safetensors": prompts[start : start + ROWS]
-               for start in range(0, len(prompts), ROWS)}  # fmt: skip
-    own = processes.share([*batches.items()])
-    with TokenProgress(context.console, sum(len(part) for _, part in own), length) as bar:
-        said = 0
-        for path, part in own:
-            if not path.exists():
-                longest = max(map(len, part))
-                found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
-                rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
-                save_file(rows, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
-            said += len(part)
-            bar.show(said, "text of its own")
-    processes.wait()
-    return [written[row] for written in map(load_file, batches) for row in sorted(written)]
-
-
-def heldout_sequences(context: Context, base: nn.Module, section: MedusaSection) -> list[dict[str, Tensor]]:
-    """What heads are measured on: held-out data, or the model's own text after pieces of it."""
-    sources, tokens = context.recipe.data.heldout, (context.recipe.evaluate or EvaluateSection()).tokens
-    if section.own_text is None:
-        size = -(-tokens // section.length)
-        return packed("data.heldout", sources, context.tokenizer, section.length, size).sequences
-    documents = [Documents(source, context.tokenizer) for source in sources]
-    with problems_named("data.heldout", sources):
-        prompts = own_prompts(context, documents, "data.heldout", tokens)
-    sequences = []
-    for prompt, text in zip(prompts, own_texts(context, base, prompts, "own_heldout"), strict=True):
-        sequence = with_labels(text, torch.arange(len(text)) == 0)
-        sequence["labels"][: len(prompt)] = -100
-        sequences.append(sequence)
-    return sequences
-
-
 def run(context: Context) -> Artifact:
     section = context.recipe.medusa
     torch.manual_seed(context.recipe.seed)
     base = final_model(context)
-    documents = None
-    if section.own_text is not None:
-        prompts = own_prompts(context, context.training_documents, "data.train", section.own_text)
+    tokens, documents = (context.recipe.evaluate or EvaluateSection()).tokens, None
+    if section.own_text is None:
+        sources, size = context.recipe.data.heldout, -(-tokens // section.length)
+        heldout = packed("data.heldout", sources, context.tokenizer, section.length, size).sequences
+    else:
+        prompts, asked = own_prompts(context, tokens)
         documents = [own_texts(context, base, prompts, "own_text")]
-    # All processes write these, too, which none can by itself once ZeRO-3 has given each a part of the model.
-    heldout = heldout_sequences(context, base, section)
+        # All processes write these, too, which none can by itself once ZeRO-3 has given each a part of the model.
+        heldout = [answer(*pair) for pair in zip(asked, own_texts(context, base, asked, "own_heldout"), strict=True)]
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
     if section.deepspeed:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from linearize.convert import sources
 from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
-from linearize.convert.data import check_tokenizer, documents, packed, problems_named, token_stream
+from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
@@ -262,6 +262,10 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: in
             for source in sources:
                 next(documents(source, tokenizer, GLANCE))
         packed(f"data.{data}", sources, tokenizer, max(lengths), 1)
+    if recipe.medusa is not None:
+        with problems_named("medusa.prompts", recipe.medusa.prompts):
+            for source in recipe.medusa.prompts:
+                next(prompts(source, tokenizer))
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:

@@ -111,9 +111,8 @@ class DataSource(Section):
 
 
 # One source may be written without the list.
-DataSources = Annotated[
-    list[DataSource], BeforeValidator(lambda value: value if isinstance(value, list) else [value]), Field(min_length=1)
-]
+Listed = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
+DataSources = Annotated[list[DataSource], Listed, Field(min_length=1)]
 
 
 class DataSection(Section):
@@ -212,6 +211,8 @@ class MedusaSection(ShardedTraining):
         decay: the loss of head i is weighted by `decay ** i`.
         own_text: tokens of text that the converted model writes for its heads to train on, going on from pieces of the
             training data: they are to guess the model, not the data. None: the data.
+        prompts: what users ask it, as texts or chats: it answers these before it goes on from pieces. Heads guess best
+            what is like the text that they were trained on.
     """
 
     heads: Positive = 4
@@ -219,6 +220,7 @@ class MedusaSection(ShardedTraining):
     sequential: bool = True
     decay: Annotated[float, Field(gt=0)] = 0.8
     own_text: Positive | None = None
+    prompts: Annotated[list[DataSource], Listed] = []
     lr: LearningRate = 1e-3
 
     @field_validator("own_text")
@@ -228,6 +230,13 @@ class MedusaSection(ShardedTraining):
         if tokens and length and tokens < 2 * length:
             raise ValueError(f"{tokens} tokens are too few for sequences of {length}; use {2 * length} or more")
         return tokens
+
+    @field_validator("prompts")
+    @classmethod
+    def _are_answered(cls, prompts: list[DataSource], info: ValidationInfo) -> list[DataSource]:
+        if prompts and not info.data.get("own_text"):
+            raise ValueError("nothing is written in answer to them; set own_text, to so many tokens")
+        return prompts
 
 
 class ExportSection(Section):

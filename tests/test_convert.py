@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.convert.context import STAGES, Context
-from linearize.convert.medusa import own_prompts, own_texts
 from linearize.convert.models import merged_model, model_after, save_weights
+from linearize.convert.own_text import own_prompts, own_texts
 from linearize.recipes.loader import load_recipe
 
 from .runs import converted, state
@@ -92,7 +92,7 @@ def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
     written = tmp_path / "run" / "medusa" / "own_text" / "000000.safetensors"
     rows = [row for _, row in sorted(load_file(written).items())]
     context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
-    base, prompts = merged_model(context), own_prompts(context, context.training_documents, "data.train", 150)
+    base, (prompts, _) = merged_model(context), own_prompts(context, 50)
     assert len(rows) == len(prompts) == 3
     arguments = {"max_new_tokens": 50 - max(map(len, prompts)), "do_sample": False}
     for row, prompt in zip(rows, prompts, strict=True):
@@ -107,6 +107,31 @@ def test_heads_learn_from_the_models_own_text(linearize, tmp_path, recipe):
     # What is written already is not written again.
     base.generate = None
     assert all(map(torch.equal, own_texts(context, base, prompts, "own_text"), rows))
+
+
+def test_the_model_answers_prompts(linearize, tmp_path, recipe):
+    """One in 32 is kept out, what is too long is left out, and pieces of the data follow."""
+    short = [f"the {word}" for word in ("of", "and", "to", "a", "in", "that", "he", "was", "it", "his") * 4]
+    words = tmp_path / "words.jsonl", [*short, "the " * 60]
+    chat = [{"from": "human", "value": "of"}, {"from": "gpt", "value": "and"}, {"from": "human", "value": "to"},
+            {"from": "gpt", "value": "his"}]  # fmt: skip
+    for path, rows in (words, (tmp_path / "chats.jsonl", [chat])):
+        path.write_text("\n".join(json.dumps({"said": row}) for row in rows), "utf-8")
+    sources = [{"source": str(path), "field": "said"} for path in sorted(tmp_path.glob("*.jsonl"))]
+    medusa = {"steps": 1, "batch_size": 1, "heads": 2, "length": 48, "own_text": 48 * 60, "prompts": sources}
+    converted(linearize, recipe(transfer=None, finetune=None, export=None, medusa=medusa))
+    context = Context(load_recipe(str(tmp_path / "run" / "resolved.yaml")), tmp_path / "run", Console(quiet=True))
+    texts, measured = (
+        [context.tokenizer.decode(row) for _, row in sorted(load_file(file).items())]
+        for file in (tmp_path / "run" / "medusa").glob("own_*/*.safetensors")
+    )
+    if len(texts) < len(measured):
+        texts, measured = measured, texts
+    assert len(texts) == 60 and len(measured) == 2
+    asked = [text for text in (*texts, *measured) if text.startswith("user the ")]
+    assert len(asked) >= 40 and not any("the the the the" in text for text in texts)
+    (told,) = (text for text in (*texts, *measured) if text.startswith("user of assistant"))
+    assert told.startswith("user of assistant and user to ")
 
 
 def test_only_needs_the_stages_before(linearize, recipe):

@@ -314,6 +314,10 @@ def test_override_mends_a_mistake_in_the_file(recipe):
             "7: medusa.own_text: 1500 tokens are too few for sequences of 1024; use 2048 or more",
         ),
         (
+            "medusa: {steps: 1, prompts: {source: builtin:train}}\n",
+            "7: medusa.prompts: nothing is written in answer to them; set own_text, to so many tokens",
+        ),
+        (
             "evaluate: {tokens: 100}\n",
             "7: evaluate.lengths: 1024 tokens are more than the 100 to measure on",
         ),
