@@ -35,11 +35,16 @@ class Chunks:
         model: linearized, and of no layers for which `cannot_carry` has a reason.
         input_ids, position_ids: [B, T]; a document begins where positions do not go on.
         size: tokens of each row in a chunk, 2 or more.
-        engine: DeepSpeed's, around `model`, which is to see every forward and backward pass.
+        engine: DeepSpeed's, around `model`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, size: int, engine: nn.Module | None = None
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        size: int,
+        engine: nn.Module | None = None,
     ):
         self.model, self.input_ids, self.position_ids, self.engine = model, input_ids, position_ids, engine
         self.places = [slice(start, start + size) for start in range(0, input_ids.shape[1], size)]
