@@ -114,7 +114,7 @@ class TrainingBatches(Dataset):
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
         documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)
-        total, longest = sum(map(len, documents)), max(length for _, length in section.phases)
+        total, longest = sum(map(len, documents)), section.longest
         if total < longest:
             raise ValueError(f"the data has {total} tokens, but one sequence needs {longest}")
         count = total // longest

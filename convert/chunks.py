@@ -35,7 +35,7 @@ class Chunks:
         model: linearized, and of no layers for which `cannot_carry` has a reason.
         input_ids, position_ids: [B, T]; a document begins where positions do not go on.
         size: tokens of each row in a chunk, 2 or more.
-        engine: DeepSpeed's, around `model`, which is to see every forward and backward pass.
+        engine: DeepSpeed's, around `model`.
     """
 
     def __init__(

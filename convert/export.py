@@ -20,13 +20,17 @@ def run(context: Context) -> Artifact:
         for name, parameter in model.named_parameters():
             if LINEAR not in name:
                 parameter.data = parameter.data.to(getattr(torch, recipe.export.dtype))
+    tokenizer = context.tokenizer
+    if recipe.finetune is not None:
+        # Where texts are cut.
+        tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.finetune.longest)
     metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage != "export"}
     directory = context.stage_directory("export")
     shutil.rmtree(directory / "model", ignore_errors=True)
     export_model(
         model,
         directory / "model",
-        tokenizer=context.tokenizer,
+        tokenizer=tokenizer,
         draft=draft,
         max_shard_size=recipe.export.max_shard_size,
         files={

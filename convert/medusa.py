@@ -172,7 +172,8 @@ def run(context: Context) -> Artifact:
     model = MedusaModel(base, section)
     losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
     if section.deepspeed:
-        del base, model
+        # Each process may have a part of it.
+        del base
         model = None
     measured = processes.alone(measured_heads, context, model, heldout)
     return Artifact(context.stage_directory("medusa"), {"loss": losses, **measured})

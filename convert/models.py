@@ -69,6 +69,10 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
         if stage == "finetune" and section.method == "lora":
             model = with_adapters(model, section)
         load_weights(model, context.stage_directory(stage))
+        if stage == "finetune":
+            config = model.config.get_text_config(decoder=True)
+            if section.longest > getattr(config, "max_position_embeddings", section.longest):
+                config.max_position_embeddings = section.longest
         yield stage, model.eval()
 
 

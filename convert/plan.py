@@ -137,7 +137,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         check_tokenizer(tokenizer, text.vocab_size)
     except ValueError as error:
         raise ValueError(f"model.tokenizer: {error}") from error
-    _check_data(recipe, tokenizer, getattr(text, "max_position_embeddings", None), position_limit(model))
+    _check_data(recipe, tokenizer, model)
 
     for stage in ("finetune", "medusa"):
         section = getattr(recipe, stage)
@@ -232,30 +232,45 @@ def _check_layers(section: TransferSection, layers: Collection[int]) -> None:
         raise ValueError(f"transfer.layers: every layer stops by step {last}, so {section.steps} steps are too many")
 
 
-def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: int | None) -> None:
-    """Training and calibration stay within the `positions` that the model was trained on, measures within those that
-    it can read (`measures.position_limit`)."""
+def _check_data(recipe: Recipe, tokenizer, model) -> None:
+    """Training and calibration stay within the positions that the model knows, to which finetuning may add, measures
+    within those that it can read (`measures.position_limit`)."""
+    config = model.config.get_text_config(decoder=True)
+    known = getattr(config, "max_position_embeddings", None)
     wanted = []
-    for stage in ("transfer", "finetune", "medusa"):
-        if (section := getattr(recipe, stage)) is not None:
-            field = f"{stage}.curriculum" if section.curriculum else f"{stage}.length"
-            wanted += [(field, "train", length) for _, length in section.phases]
-            longest = max(length for _, length in section.phases)
-            if positions is not None and longest <= positions < longest + section.position_offset:
-                raise ValueError(
-                    f"{stage}.position_offset: {section.position_offset} and a length of {longest} are more than the "
-                    f"{positions} positions that the model knows"
-                )
-    if recipe.medusa is not None:
-        wanted.append(("medusa.length", "heldout", recipe.medusa.length))
+
+    def want(field: str, data: str, length: int) -> None:
+        if known is not None and length > known:
+            raise ValueError(f"{field}: {length} is longer than the {known} positions that the model knows")
+        wanted.append((data, length))
+
     if recipe.keep is not None and recipe.keep.kv_budget is not None:
-        _check_calibration(recipe, positions)
-        wanted.append(("keep.length", "train", recipe.keep.length))
-    for field, _, length in wanted:
-        if positions is not None and length > positions:
-            raise ValueError(f"{field}: {length} is longer than the {positions} positions that the model knows")
+        _check_calibration(recipe, known)
+        want("keep.length", "train", recipe.keep.length)
+    for stage in ("transfer", "finetune", "medusa"):
+        if (section := getattr(recipe, stage)) is None:
+            continue
+        field = f"{stage}.curriculum" if section.curriculum else f"{stage}.length"
+        if stage == "finetune" and known is not None and section.longest > known:
+            if reason := _cannot_extend(model):
+                raise ValueError(f"{field}: {section.longest} is longer than the {known} positions that {reason}")
+            if section.distill:
+                raise ValueError(
+                    f"finetune.distill: the teacher knows {known} positions, not the {section.longest} of these "
+                    "sequences; use distill: 0, or shorter ones"
+                )
+            known = section.longest
+        for _, length in section.phases:
+            want(field, "train", length)
+        if known is not None and section.longest + section.position_offset > known:
+            raise ValueError(
+                f"{stage}.position_offset: {section.position_offset} and a length of {section.longest} are more than "
+                f"the {known} positions that the model knows"
+            )
+    if recipe.medusa is not None:
+        want("medusa.length", "heldout", recipe.medusa.length)
     for data in ("train", "heldout"):
-        sources, lengths = getattr(recipe.data, data), [length for _, of, length in wanted if of == data]
+        sources, lengths = getattr(recipe.data, data), [length for of, length in wanted if of == data]
         if not lengths:
             continue
         with problems_named(f"data.{data}", sources):
@@ -269,9 +284,22 @@ def _check_data(recipe: Recipe, tokenizer, positions: int | None, measurable: in
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:
-            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, measurable)
+            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, position_limit(model))
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
+
+
+def _cannot_extend(model) -> str | None:
+    """Why `model` cannot learn more positions than it knows, behind "positions that", or None."""
+    if position_limit(model) is not None:
+        return "the model has, which are a table, not rotations; use shorter sequences"
+    ropes = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # Layers of some kinds may have their own.
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+        kind = rope.get("rope_type")
+        if kind == "dynamic" or kind in ("yarn", "longrope") and rope.get("factor") is None:
+            return f"its rotary embedding ({kind}) is made for; use shorter sequences"
+    return None
 
 
 def _check_calibration(recipe: Recipe, positions: int | None) -> None:

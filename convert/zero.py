@@ -1,8 +1,8 @@
 """What DeepSpeed's ZeRO asks of whoever trains with it, and leaves behind."""
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -20,14 +20,18 @@ def prepare(model: nn.Module) -> None:
         set_z3_leaf_modules(model, [LinearAttention])
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside, parameters are whole in every process, also those of which ZeRO-3 gives each a part."""
     parts = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not parts:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
+    with ExitStack() as stack:
+        if parts:
+            from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(parts)
+            # One by one: of several, DeepSpeed waits for the last, before which gloo need not have got the others.
+            for part in parts:
+                stack.enter_context(GatheredParameters([part]))
+        yield
 
 
 def add_gradients(engine: nn.Module, root: Tensor, is_last: bool) -> None:

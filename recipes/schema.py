@@ -141,7 +141,8 @@ class ShardedTraining(Training):
 
 
 class FinetuneSection(ShardedTraining):
-    """End-to-end finetuning of the converted model.
+    """End-to-end finetuning of the converted model, on sequences that may be longer than the model knows where its
+    positions are rotations.
 
     Attributes:
         method: `lora` adapters or `full` weights.
@@ -322,7 +323,7 @@ class Recipe(Section):
         if finetune is None or finetune.chunk is None or attention is None:
             return finetune
         recent = attention.config.ring_size
-        if finetune.chunk < min(recent, max(length for _, length in finetune.phases)):
+        if finetune.chunk < min(recent, finetune.longest):
             raise ValueError(
                 f"chunk: the {recent} latest tokens (window, convolution and slack) go with every chunk, and are more "
                 f"than its {finetune.chunk}; use {recent} or more"

@@ -89,6 +89,11 @@ class Training(Section):
         return (self.micro_batch_size or self.batch_size) * self.length
 
     @property
+    def longest(self) -> int:
+        """Tokens of its longest sequences."""
+        return max(length for _, length in self.phases)
+
+    @property
     def phases(self) -> list[tuple[int, int]]:
         """(steps, length) of the phases in order."""
         if not self.curriculum:
@@ -213,7 +218,7 @@ class TransferSection(Training):
         weights = [name for name in branch if name != "linear_mse"]
         if weights and attention.combine == "sum":
             return f"objectives: {weights[0]} needs attention weights, which combine: sum does not have; use shared"
-        compared = min(WEIGHTS_PREFIX, max(length for _, length in self.phases))
+        compared = min(WEIGHTS_PREFIX, self.longest)
         if weights and attention.window is not None and attention.near_reach + 1 >= compared:
             return (
                 f"objectives: {weights[0]} looks at the first {compared} tokens of a sequence, all of which this "

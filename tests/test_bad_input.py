@@ -160,6 +160,22 @@ def test_lengths_beyond_the_model(linearize, refused, tiny_model, table_model):
     assert result.stderr.startswith("linearize: --lengths: 1024 tokens are more than the 512 positions")
 
 
+def test_lengths_that_finetuning_cannot_add(refused, tiny_model, table_model, tmp_path):
+    longer = ("finetune.length=1024", "finetune.batch_size=1")
+    table = refused(*longer, model={"source": str(table_model)})
+    assert "finetune.length: 1024 is longer than the 512 positions that the model has, which are a table" in table
+    assert "finetune.distill: the teacher knows 512 positions, not the 1024" in refused(*longer, "finetune.distill=1")
+    assert "medusa.length: 1024 is longer than the 512 positions" in refused("medusa.length=1024")
+    # Its angles at all positions depend on how many the configuration says that there are.
+    dynamic = tmp_path / "dynamic"
+    shutil.copytree(tiny_model, dynamic)
+    config = json.loads((dynamic / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    (dynamic / "config.json").write_text(json.dumps(config))
+    line = refused(*longer, model={"source": str(dynamic)})
+    assert "1024 is longer than the 512 positions that its rotary embedding (dynamic) is made for" in line
+
+
 def test_phases_beyond_the_model(refused):
     line = refused("transfer.curriculum=[{length: 1024, share: 1.0}]", "transfer.batch_size=16")
     assert "transfer.curriculum: 1024 is longer than the 512 positions" in line
@@ -202,7 +218,9 @@ def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
     found = lambda name, *rest: None if name == "deepspeed" else real(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", found)
     (tmp_path / "zero2.json").write_text("{}")
-    assert "finetune.deepspeed: deepspeed is not installed" in refused(f"finetune.deepspeed={tmp_path}/zero2.json")
+    for stage in ("finetune", "medusa"):
+        line = refused(f"{stage}.deepspeed={tmp_path}/zero2.json")
+        assert f"{stage}.deepspeed: deepspeed is not installed" in line
 
 
 def test_learning_rates_that_deepspeed_does_not_know(refused, tmp_path, monkeypatch):

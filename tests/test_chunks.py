@@ -274,8 +274,6 @@ def test_layers_that_carry_no_gradients_are_refused(linearize, recipe, tiny_mode
         ({"chunk": 48}, "finetune.chunk: 48 does not divide sequences of 64 tokens"),
         ({"chunk": 16}, "finetune.chunk: the 23 latest tokens (window, convolution and slack)"),
         ({"chunk": 1}, "finetune.chunk: expected 2 or more, got 1"),
-        # Any file will do.
-        ({"chunk": 32, "deepspeed": __file__}, "finetune.chunk: DeepSpeed calls backward once per sequence"),
         ({"chunk": 32, "backward": "some"}, "finetune.backward: expected "),
         ({"chunk": 48, "length": 32, "curriculum": [{"length": 64, "share": 1.0}]}, "48 does not divide"),
     ],

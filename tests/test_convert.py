@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from linearize.convert import own_text
 from linearize.convert.context import STAGES, Context
 from linearize.convert.models import merged_model, model_after, save_weights
 from linearize.convert.own_text import own_prompts, own_texts
@@ -132,6 +133,36 @@ def test_the_model_answers_prompts(linearize, tmp_path, recipe):
     assert len(asked) >= 40 and not any("the the the the" in text for text in texts)
     (told,) = (text for text in (*texts, *measured) if text.startswith("user of assistant"))
     assert told.startswith("user of assistant and user to ")
+
+
+def test_own_text_that_was_interrupted_goes_on(linearize, tmp_path, recipe, monkeypatch):
+    """Three batches for the heads to learn from, three to measure them on, in this order."""
+    path = recipe(
+        transfer=None, finetune=None, export=None,
+        medusa={"steps": 1, "heads": 1, "batch_size": 1, "length": 50, "own_text": 300},
+        evaluate={"tokens": 250, "lengths": [50], "copying": None},
+    )  # fmt: skip
+    for stage in ("load", "install"):
+        converted(linearize, path, "--only", stage)
+    monkeypatch.setattr(own_text, "ROWS", 2)
+    real, asked = own_text.generate, []
+
+    def counted(model, prompts, *rest):
+        asked.append([prompt.ids.tolist() for prompt in prompts])
+        if len(asked) == 3:
+            raise RuntimeError("out of memory")
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(own_text, "generate", counted)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        linearize("convert", path, "--only", "medusa")
+    texts = tmp_path / "run" / "medusa" / "own_text"
+    before = {file: file.stat().st_mtime_ns for file in texts.iterdir()}
+    assert sorted(file.name for file in before) == ["000000.safetensors", "000002.safetensors"]
+    converted(linearize, path, "--only", "medusa", "--resume")
+    # The third one again, and what came behind it.
+    assert len(asked) == 7 and asked[3] == asked[2]
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in texts.iterdir()}.items()
 
 
 def test_only_needs_the_stages_before(linearize, recipe):

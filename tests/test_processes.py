@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from torch import distributed
 
+from linearize.convert import processes
 from linearize.convert.launch import command
 
-from .runs import converted, state
+from .runs import assert_same_training, converted, state
 
 # Two processes for one core each.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
@@ -49,13 +50,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 
 def assert_same_run(one: Path, other: Path, *stages: str) -> None:
-    """Sums in other orders differ in single precision, and Adam's first steps are signs of gradients."""
     for stage in ("transfer", "finetune", *stages):
-        losses = [state(run, stage)["metrics"]["loss"] for run in (one, other)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4), stage
-        weights = [load_file(run / stage / "weights.safetensors") for run in (one, other)]
-        for name, value in weights[0].items():
-            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+        assert_same_training(one, other, stage)
 
 
 @pytest.fixture(scope="module")
@@ -82,20 +78,23 @@ def test_two_processes_do_what_one_does(single, tmp_path):
         assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
 
 
-@pytest.mark.parametrize("configuration", ["zero2", "zero3"])
-def test_zero_does_what_one_process_does(single, tmp_path, configuration):
-    """The stage behind it knows nothing of DeepSpeed."""
-    path, one = single
-    overrides = [f"finetune.deepspeed={configuration}", "evaluate=null", "export=null"]
-    finish(start("convert", path, *overrides, "--gpus", 2, "--out", tmp_path / "run"))
-    assert_same_run(one, tmp_path / "run", "medusa")
-
-
 def test_two_processes_learn_chunk_by_chunk(single, tmp_path):
     """By the exact gradient, as if at once."""
     path, one = single
     finish(start("convert", path, *SHORT, "finetune.chunk=32", "--gpus", 2, "--out", tmp_path / "run"))
     assert_same_run(one, tmp_path / "run")
+
+
+def test_work_is_shared_out(monkeypatch):
+    work, count = [*range(5)], {"is_initialized": True, "get_world_size": 2}
+    assert processes.share(work) == work
+    for name, value in count.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        shares.append(processes.share(work))
+    assert shares == [[0, 2, 4], [1, 3]]
 
 
 def test_a_launchers_own_environment_is_used(single, tmp_path):

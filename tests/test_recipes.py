@@ -216,6 +216,10 @@ def test_override_mends_a_mistake_in_the_file(recipe):
             "7: finetune.deepspeed: no such file: ds.json; there are zero2, zero3, zero3-offload, or a path",
         ),
         (
+            "medusa: {steps: 1, deepspeed: zero4}\n",
+            "7: medusa.deepspeed: no such file: zero4; there are zero2, zero3, zero3-offload, or a path",
+        ),
+        (
             "finetune: {steps: 1, attention_lr: 1e-3, train_attention: false}\n",
             "7: finetune.attention_lr: train_attention is false, so no attention layer has a learning rate",
         ),

@@ -1,0 +1,100 @@
+"""Two processes under DeepSpeed learn what one learns without it: whole sequences or chunk by chunk, heads too."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linearize.convert.launch import processes_wanted
+from linearize.recipes.schema import deepspeed_file
+
+from .runs import assert_same_training, converted
+
+# Two processes for one core each.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
+TRAINING = {"steps": 3, "batch_size": 4, "micro_batch_size": 1, "length": 96, "lr": 1e-2}
+CHUNKS = "finetune.chunk=32"
+TRUNCATED = f"{CHUNKS} finetune.backward=truncated"
+
+
+@pytest.fixture
+def zero3(tmp_path) -> Path:
+    """As shipped, but for the tiny model's parameters: these are shared out, too."""
+    configuration = json.loads(deepspeed_file("zero3").read_text())
+    configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps(configuration))
+    return path
+
+
+@pytest.fixture
+def run_all(linearize, recipe, tmp_path):
+    """Converts by one process, `alone`, and by two (name -> overrides): gives each one's directory."""
+
+    def run(alone: dict[str, str], together: dict[str, str], **sections) -> dict[str, Path]:
+        path = recipe(transfer=None, evaluate=None, export=None, **sections)
+        runs = {name: tmp_path / name for name in (*alone, *together)}
+        for name, overrides in alone.items():
+            converted(linearize, path, "--out", runs[name], *overrides.split())
+        lines = [f"{path} --out {runs[name]} {overrides}" for name, overrides in together.items()]
+        script = Path(__file__).with_name("conversions.py")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*torchrun, script, *lines], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return runs
+
+    return run
+
+
+def test_finetune(run_all, zero3):
+    """Each step has two micro batches per process, and three chunks in each of these."""
+    # What goes into the first layer of linear attention needs no gradient then.
+    outputs = "finetune.targets=[o_proj]"
+    runs = run_all(
+        {"exact": f"{CHUNKS} medusa=null", "truncated": f"{TRUNCATED} medusa=null", "outputs": outputs},
+        {
+            "exact-zero2": f"{CHUNKS} medusa=null finetune.deepspeed=zero2",
+            "exact-zero3": f"{CHUNKS} medusa=null finetune.deepspeed={zero3} finetune.gradient_checkpointing=true",
+            "truncated-zero2": f"{TRUNCATED} medusa=null finetune.deepspeed=zero2",
+            "truncated-zero3": f"{TRUNCATED} medusa=null finetune.deepspeed={zero3}",
+            # The stage behind it knows nothing of DeepSpeed.
+            "outputs-zero3": f"{outputs} finetune.deepspeed={zero3}",
+        },
+        finetune=TRAINING | {"distill": 0.5},
+        medusa=TRAINING | {"heads": 2},
+    )
+    for name, run in runs.items():
+        assert_same_training(runs[name.partition("-")[0]], run, "finetune")
+    assert_same_training(runs["outputs"], runs["outputs-zero3"], "medusa")
+    with pytest.raises(AssertionError):
+        assert_same_training(runs["exact"], runs["truncated"], "finetune")
+
+
+def test_medusa(run_all, zero3):
+    """On text that the processes write, each some of it."""
+    runs = run_all(
+        {"one": ""},
+        {"two": "", "zero2": "medusa.deepspeed=zero2", "zero3": f"medusa.deepspeed={zero3}"},
+        finetune=None,
+        # Two batches of texts.
+        medusa=TRAINING | {"heads": 2, "length": 64, "own_text": 64 * 300},
+    )
+    one = runs.pop("one")
+    texts = sorted(file.relative_to(one) for file in one.rglob("own_*/*"))
+    assert len(texts) == 3
+    for run in runs.values():
+        assert_same_training(one, run, "medusa")
+        assert [(run / text).read_bytes() for text in texts] == [(one / text).read_bytes() for text in texts]
+
+
+def test_one_process_has_a_launcher_too(linearize, recipe):
+    """DeepSpeed would ask MPI for what a launcher says."""
+    assert processes_wanted("auto", None, deepspeed=True) == 1
+    assert processes_wanted("auto", None, deepspeed=False) == 0
+    result = linearize("convert", recipe(), "medusa.deepspeed=zero2", "--launch", "none")
+    assert result.code == 2 and "--launch none: DeepSpeed is started by a launcher, as one process too" in result.stderr
