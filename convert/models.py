@@ -21,8 +21,8 @@ KEPT = "kept.json"
 LINEAR = ".linear_attention."
 
 
-def softmax_model(context: Context) -> PreTrainedModel:
-    """The model as stage load left it."""
+def softmax_model(context: Context, **placing) -> PreTrainedModel:
+    """The model as stage load left it; `placing` as `sources.load_model` takes it."""
     directory = context.stage_directory("load") / "model"
     recipe = context.recipe.model
     source = sources.Source(str(directory))
@@ -30,15 +30,15 @@ def softmax_model(context: Context) -> PreTrainedModel:
         loaded = context.state("load")["metrics"]
         source = sources.locate(recipe.source, loaded["revision"])
     try:
-        return sources.load_model(source, recipe.dtype)
+        return sources.load_model(source, recipe.dtype, **placing)
     except (OSError, ValueError) as error:
         raise StageError(f"model.source: {error}") from error
 
 
-def model_after(context: Context, stage: str) -> nn.Module:
+def model_after(context: Context, stage: str, softmax: PreTrainedModel | None = None) -> nn.Module:
     """The converted model as `stage` (or the last stage of the recipe before it that changes the model) left it;
-    adapters of stage finetune are in place, not merged."""
-    *_, (_, model) = stages_of(context, softmax_model(context), stage)
+    adapters of stage finetune are in place, not merged. `softmax`, if given, becomes it."""
+    *_, (_, model) = stages_of(context, softmax or softmax_model(context), stage)
     return model
 
 

@@ -83,7 +83,7 @@ def stages_to_run(
 
     Raises:
         StageError: the directory holds something else, a stage before was not run, one was interrupted and neither
-            `resume` nor `start` says what to do about it, or so many processes cannot share a stage.
+            `resume` nor `start` says what to do about it, or so many processes cannot share a stage or its model.
     """
     _check_directory(context)
     stages = context.stages()
@@ -123,6 +123,8 @@ def stages_to_run(
                     f"--resume goes on with it, --from {stage} starts it again"
                 )
             todo.append(stage)
+    if "transfer" in todo and (why := context.recipe.transfer.misplaced(count)):
+        raise StageError(f"transfer.{why}")
     return todo
 
 

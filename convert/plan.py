@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
+from linearize.convert.blocks import decoder_blocks
 from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
@@ -139,10 +140,16 @@ def _make_plan(recipe: Recipe) -> Plan:
         raise ValueError(f"model.tokenizer: {error}") from error
     _check_data(recipe, tokenizer, model)
 
-    for stage in ("finetune", "medusa"):
-        section = getattr(recipe, stage)
-        if section and section.deepspeed and importlib.util.find_spec("deepspeed") is None:
-            raise ValueError(f"{stage}.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
+    for field, wanted in (
+        ("finetune.deepspeed", recipe.finetune and recipe.finetune.deepspeed),
+        ("medusa.deepspeed", recipe.medusa and recipe.medusa.deepspeed),
+        ("transfer.teacher", recipe.transfer and recipe.transfer.teacher == "zero3"),
+    ):
+        if wanted and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(f"{field}: deepspeed is not installed; pip install 'linearize[deepspeed]'")
+    if recipe.transfer and recipe.transfer.blocks_at_once:
+        # Raises where there are none.
+        decoder_blocks(model)
     if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
         configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
         if "optimizer" in configuration:

@@ -92,14 +92,15 @@ def check_weights(directory: Path) -> None:
                 raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
-def load_model(source: Source, dtype: str) -> PreTrainedModel:
-    """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU.
+def load_model(source: Source, dtype: str, **placing) -> PreTrainedModel:
+    """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU, or where `placing` has
+    `from_pretrained` put them (`device_map`, ..).
 
     Raises:
         ValueError: when weights are missing or of another shape; OSError: when files are.
     """
     model, report = AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=dtype, output_loading_info=True, **source.arguments
+        source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
     if missing:

@@ -35,7 +35,7 @@ class Objective(Protocol):
 
     Attributes:
         calls_backward: `loss` has already called backward, with the loss divided by `accumulation`.
-        is_local: each layer learns for itself, from the model as it is used.
+        is_local: linear attention layers learn, each for itself, from the model as it is used.
     """
 
     calls_backward: bool
@@ -50,16 +50,24 @@ class StageTrainer(Trainer):
     """Trainer whose checkpoints hold trainable parameters alone, and whose data come in their own order.
 
     Args:
-        learning_rates: of the parameters that have another one than the rest.
         stage: whose name errors begin with.
+        whole: the model of which `model`, or a part, is trained.
+        learning_rates: of the parameters that have another one than the rest.
 
     Raises:
         StageError: in `train`, as soon as the loss is no number.
     """
 
-    def __init__(self, stage: str, objective: Objective, learning_rates: dict[nn.Parameter, float], **kwargs):
+    def __init__(
+        self,
+        stage: str,
+        whole: nn.Module,
+        objective: Objective,
+        learning_rates: dict[nn.Parameter, float],
+        **kwargs,
+    ):
         super().__init__(**kwargs)
-        self.stage, self.objective, self.learning_rates = stage, objective, learning_rates
+        self.stage, self.whole, self.objective, self.learning_rates = stage, whole, objective, learning_rates
         # The objectives average over their own micro batch, so the accumulated mean is taken here.
         self.model_accepts_loss_kwargs = False
 
@@ -91,7 +99,7 @@ class StageTrainer(Trainer):
             engine.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             # The wrapper of a distributed launch knows nothing of gradients made inside the forward; the engine does.
-            loss = self.compute_loss(engine or self.model, self._prepare_inputs(inputs))
+            loss = self.compute_loss(engine or self.whole, self._prepare_inputs(inputs))
         if engine is not None:
             if self.accelerator.sync_gradients:
                 engine.step()
@@ -112,10 +120,10 @@ class StageTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        save_trainable(self.model, Path(output_dir))
+        save_trainable(self.whole, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_weights(self.model, Path(resume_from_checkpoint))
+        load_weights(self.whole, Path(resume_from_checkpoint))
 
 
 class ShowProgress(TrainerCallback):
@@ -197,11 +205,19 @@ def train(
         data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
     if arguments.deepspeed:
         zero.prepare(model)
+    trained = model
+    if objective.is_local:
+        # The rest of the model is no business of Trainer's, which would move and wrap it.
+        trained = nn.ModuleList(model.linear_attentions().values())
+        if hasattr(model, "hf_device_map"):
+            # What it asks before it moves a model.
+            trained.hf_device_map = model.hf_device_map
     trainer = StageTrainer(
         stage,
+        model,
         objective,
         learning_rates or {},
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=data,
         data_collator=itemgetter(0),

@@ -5,16 +5,22 @@ The function computes the softmax output from the very q, k, v that it is given,
 of one layer at a time, and every layer sees the teacher's inputs.
 """
 
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import get_max_memory
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from linearize.convert.batches import draws
+from linearize.convert import processes, zero
+from linearize.convert.batches import draws, shared
+from linearize.convert.blocks import Blocks
 from linearize.convert.context import Artifact, Context
-from linearize.convert.models import LINEAR, model_after, train_only
+from linearize.convert.models import LINEAR, model_after, softmax_model, train_only
 from linearize.convert.objectives import OBJECTIVES, Example, softmax_mask
 from linearize.convert.training import train
 from linearize.layers.attention import BRANCHES
@@ -22,6 +28,8 @@ from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, take_i
 from linearize.recipes.training import TransferSection
 
 IMPLEMENTATION = "linearize_transfer"
+# Share of each device's free memory that `teacher: spread` fills; the rest is for what is trained, and activations.
+ROOM_FOR_WEIGHTS = 0.8
 
 
 def teacher_backend(device: torch.device) -> str:
@@ -53,28 +61,30 @@ class Task:
         objectives: name -> weight.
         branches: that make its output.
         accumulation: forward passes per step.
-        loss: afterwards, the weighted sum of the objectives.
+        losses: afterwards, the weighted sum of the objectives in each pass.
     """
 
     objectives: dict[str, float]
     branches: frozenset[str] = BRANCHES
     accumulation: int = 1
-    loss: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
 
 
 def transfer_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function: returns the softmax output and leaves gradients in the parameters of a layer that has a
     `task`."""
-    inputs = take_inputs(module, query, key, attention_mask, kwargs)
-    target = softmax_attention(module, inputs, value, scaling, kwargs)
-    task = module.linear_attention.task
-    if task is not None:
-        with torch.enable_grad():
-            example = Example(module, inputs, value, scaling, target, kwargs.get("sliding_window"), task.branches)
-            loss = sum(weight * OBJECTIVES[name](example) for name, weight in task.objectives.items())
-            if loss.requires_grad:
-                (loss / task.accumulation).backward()
-        task.loss = loss.detach()
+    # Of a model on several devices; kernels are launched on the current one.
+    with torch.cuda.device_of(value):
+        inputs = take_inputs(module, query, key, attention_mask, kwargs)
+        target = softmax_attention(module, inputs, value, scaling, kwargs)
+        task = module.linear_attention.task
+        if task is not None:
+            with torch.enable_grad():
+                example = Example(module, inputs, value, scaling, target, kwargs.get("sliding_window"), task.branches)
+                loss = sum(weight * OBJECTIVES[name](example) for name, weight in task.objectives.items())
+                if loss.requires_grad:
+                    (loss / task.accumulation).backward()
+            task.losses.append(loss.detach())
     return target, None
 
 
@@ -84,24 +94,40 @@ IMPLEMENTATIONS.add(IMPLEMENTATION)
 
 
 class AttentionTransfer:
-    """Mean over the layers that are still learning of their weighted objectives."""
+    """Mean over the layers that are still learning of their weighted objectives.
+
+    Args:
+        section: as `batches.shared` has it.
+        seed: of what is drawn.
+        blocks: that a whole step goes through, in passes of no more tokens than `section` says; None: a batch is one
+            pass through the model.
+    """
 
     calls_backward = is_local = True
 
-    def __init__(self, section: TransferSection, seed: int):
-        self.section, self.seed = section, seed
+    def __init__(self, section: TransferSection, seed: int, blocks: Blocks | None = None):
+        self.section, self.seed, self.blocks = section, seed, blocks
 
     def loss(self, model, batch, accumulation, step):
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        rows = len(ids) if self.blocks is None else self.section.tokens_per_pass // ids.shape[1]
+        passes = [
+            {"input_ids": ids, "position_ids": positions}
+            for ids, positions in zip(ids.split(rows), positions.split(rows), strict=True)
+        ]
         layers = model.linear_attentions()
         for index, layer in layers.items():
             _, steps = self.section.layer(index)
             layer.task = None
             if step < steps:
-                layer.task = Task(self.section.objectives.active, self._branches(step), accumulation)
-        with torch.no_grad():
-            model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        losses = [layer.task.loss for layer in layers.values() if layer.task is not None]
-        return torch.stack([loss.to(batch["input_ids"].device) for loss in losses]).mean()
+                layer.task = Task(self.section.objectives.active, self._branches(step), accumulation * len(passes))
+        if self.blocks is None:
+            with torch.no_grad():
+                model.base_model(**passes[0], use_cache=False)
+        else:
+            self.blocks.run(passes)
+        losses = [torch.stack(layer.task.losses).mean() for layer in layers.values() if layer.task is not None]
+        return torch.stack([loss.to(ids.device) for loss in losses]).mean()
 
     def _branches(self, step: int) -> frozenset[str]:
         dropout = self.section.window_dropout * (1 - step / self.section.steps)
@@ -109,19 +135,44 @@ class AttentionTransfer:
         return BRANCHES - {"local"} if dropped else BRANCHES
 
 
-def run(context: Context) -> Artifact:
-    model = model_after(context, "install")
-    train_only(model, lambda name: LINEAR in name)
-    model.set_attn_implementation(IMPLEMENTATION)
+@contextmanager
+def frozen_model(context: Context) -> Iterator[PreTrainedModel]:
+    """The softmax model, where `transfer.teacher` says; in host memory, if its blocks are to come one by one."""
     section = context.recipe.transfer
-    layers = model.linear_attentions()
-    learning_rates = {
-        parameter: section.layer(index)[0] for index, layer in layers.items() for parameter in layer.parameters()
-    }
-    objective = AttentionTransfer(section, context.recipe.seed)
-    losses = train(context, "transfer", model, objective, section, learning_rates)
+    if section.teacher == "zero3":
+        with zero.partitioned(lambda: softmax_model(context), context.recipe.model.dtype) as model:
+            yield model
+    elif section.teacher == "spread":
+        room = {device: int(size * ROOM_FOR_WEIGHTS) for device, size in get_max_memory().items()}
+        # For weights that wait on disk in another form than the model's own files have.
+        folder = context.stage_directory("transfer") / "offloaded"
+        try:
+            yield softmax_model(context, device_map="auto", max_memory=room, offload_folder=folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        model = softmax_model(context)
+        yield model if section.blocks_at_once else model.to(context.device)
+
+
+def run(context: Context) -> Artifact:
+    section, seed = shared("transfer", context.recipe.transfer, processes.count()), context.recipe.seed
+    with frozen_model(context) as softmax:
+        model = model_after(context, "install", softmax)
+        train_only(model, lambda name: LINEAR in name)
+        model.set_attn_implementation(IMPLEMENTATION)
+        layers = model.linear_attentions()
+        learning_rates = {
+            parameter: section.layer(index)[0] for index, layer in layers.items() for parameter in layer.parameters()
+        }
+        blocks, batches = None, section
+        if section.blocks_at_once is not None:
+            blocks = Blocks(model, context.device, section.blocks_at_once)
+            # Whole steps, which the objective divides.
+            batches = section.model_copy(update={"micro_batch_size": None})
+        losses = train(context, "transfer", model, AttentionTransfer(section, seed, blocks), batches, learning_rates)
     last = {
-        str(index): layer.task.loss.item()
+        str(index): layer.task.losses[-1].item()
         for index, layer in layers.items()
         # None in layers that stopped before, and where only the end of an interrupted stage was left to do.
         if getattr(layer, "task", None) is not None

@@ -1,12 +1,13 @@
 """What DeepSpeed's ZeRO asks of whoever trains with it, and leaves behind."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from linearize.layers.attention import LinearAttention
 
@@ -52,3 +53,36 @@ def leave() -> None:
     unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state()
+
+
+@contextmanager
+def partitioned(load: Callable[[], PreTrainedModel], dtype: str) -> Iterator[PreTrainedModel]:
+    """Inside, the base model that `load` gives computes without gradients from weights of which each process holds a
+    part (ZeRO-3), put together module by module; what is added to it there stays whole. Behind, it has no weights.
+
+    Args:
+        dtype: of the weights; DeepSpeed asks for it before it is asked to load.
+    """
+    from deepspeed.runtime.zero import DeepSpeedZeRoOffload
+    from deepspeed.utils.timer import NoopTimer
+
+    configuration = {
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    # As long as it lives, transformers loads parts.
+    loading = HfDeepSpeedConfig(configuration)
+    try:
+        model = load()
+    finally:
+        del loading
+    hooks = DeepSpeedZeRoOffload(model.base_model, NoopTimer(), configuration)
+    try:
+        yield model
+    finally:
+        hooks.destroy()
+        # DeepSpeed's caches of modules outlive the model.
+        for parameter in model.parameters():
+            if hasattr(parameter, "ds_tensor"):
+                parameter.data, parameter.ds_tensor.data = (x.new_empty(0) for x in (parameter, parameter.ds_tensor))

@@ -212,7 +212,9 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
     layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
     for index, module in modules.items():
-        device = next(module.parameters()).device
+        # Weights that accelerate brings for each call are on "meta" in between.
+        hook = getattr(module, "_hf_hook", None)
+        device = next(module.parameters()).device if hook is None else hook.execution_device
         if not hasattr(module, "linear_attention"):
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
             # Also when the module's own code fails half-way.

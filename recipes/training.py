@@ -166,12 +166,29 @@ class TransferSection(Training):
             branch, so that the linear one must carry the output; it falls linearly to 0 over the stage.
         layers: learning rates and numbers of steps of some layers (`5`, `0-3`). The schedule of the learning rate
             stays the stage's.
+        teacher: where the frozen model is: `replicated`, whole on each process's device; `zero3`, a part of every
+            weight in each of several processes (DeepSpeed's ZeRO-3), put together module by module as they compute; or
+            `spread` over the devices of one process, then host memory, then disk. What is trained, and its optimizer's
+            state, is whole wherever it computes.
+        blocks_at_once: so many decoder blocks of a replicated model are on the device at a time: all of a step goes
+            through them before the next ones come. The others wait in host memory, where processes share them if
+            `model.dtype` is that of the model's files, which are memory-mapped. None: all of them stay.
     """
 
     objectives: Objectives = Objectives()
     window_dropout: Probability = 0.0
     layers: Annotated[dict[str, LayerTraining], TextKeys] = {}
+    teacher: Literal["replicated", "zero3", "spread"] = "replicated"
+    blocks_at_once: Positive | None = None
     lr: LearningRate = 1e-2
+
+    @field_validator("blocks_at_once")
+    @classmethod
+    def _blocks_are_in_host_memory(cls, blocks: int | None, info: ValidationInfo) -> int | None:
+        teacher = info.data.get("teacher")
+        if blocks and teacher in ("zero3", "spread"):
+            raise ValueError(f"whole blocks come from host memory, where teacher: {teacher} has none; drop one of them")
+        return blocks
 
     @model_validator(mode="after")
     def _dropout_has_an_effect(self) -> "TransferSection":
@@ -195,6 +212,17 @@ class TransferSection(Training):
         """Learning rate and steps of one layer."""
         own = next((own for text, own in self.layers.items() if index in layer_range(text)), LayerTraining())
         return own.lr or self.lr, own.steps or self.steps
+
+    def misplaced(self, count: int) -> str | None:
+        """Why so many processes cannot have the teacher where it is to be, naming the field, or None."""
+        if self.teacher == "zero3" and count == 1:
+            return (
+                "teacher: zero3 gives each of several processes a part, and this is one; use --gpus 2 or more, or "
+                "replicated"
+            )
+        if self.teacher == "spread" and count > 1:
+            return f"teacher: spread gives all devices to one process, not to {count}; use --launch none, or zero3"
+        return None
 
     def contradiction(self, attention: LinearAttentionConfig) -> str | None:
         """Why these objectives cannot be had with that attention, naming the field, or None."""

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
 
 from linearize.recipes.loader import shipped_recipes
 
@@ -213,7 +214,7 @@ def test_adapters_for_modules_that_are_not_there(refused):
     assert "finetune.targets: this model has no module named query; it has" in line and "v_proj" in line
 
 
-def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
+def test_deepspeed_that_is_not_installed(linearize, recipe, refused, tmp_path, monkeypatch):
     real = importlib.util.find_spec
     found = lambda name, *rest: None if name == "deepspeed" else real(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", found)
@@ -221,6 +222,20 @@ def test_deepspeed_that_is_not_installed(refused, tmp_path, monkeypatch):
     for stage in ("finetune", "medusa"):
         line = refused(f"{stage}.deepspeed={tmp_path}/zero2.json")
         assert f"{stage}.deepspeed: deepspeed is not installed" in line
+    # How many processes there are to be, `check` does not know.
+    result = linearize("check", recipe(), "transfer.teacher=zero3")
+    assert result.code == 2 and "transfer.teacher: deepspeed is not installed" in result.stderr
+
+
+def test_a_model_without_blocks(refused, monkeypatch):
+    made = LlamaModel.__init__
+
+    def make(self, config):
+        made(self, config)
+        self.layers = nn.Sequential(*self.layers)
+
+    monkeypatch.setattr(LlamaModel, "__init__", make)
+    assert "has no list of decoder blocks; use transfer.blocks_at_once: null" in refused("transfer.blocks_at_once=1")
 
 
 def test_learning_rates_that_deepspeed_does_not_know(refused, tmp_path, monkeypatch):

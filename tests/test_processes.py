@@ -78,10 +78,11 @@ def test_two_processes_do_what_one_does(single, tmp_path):
         assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
 
 
-def test_two_processes_learn_chunk_by_chunk(single, tmp_path):
+def test_two_processes_learn_chunk_by_chunk_and_block_by_block(single, tmp_path):
     """By the exact gradient, as if at once."""
     path, one = single
-    finish(start("convert", path, *SHORT, "finetune.chunk=32", "--gpus", 2, "--out", tmp_path / "run"))
+    parts = ["finetune.chunk=32", "transfer.blocks_at_once=1", "transfer.micro_batch_size=1"]
+    finish(start("convert", path, *SHORT, *parts, "--gpus", 2, "--out", tmp_path / "run"))
     assert_same_run(one, tmp_path / "run")
 
 
@@ -126,17 +127,18 @@ def workers(parent: int) -> dict[str, int]:
     return found
 
 
-def test_a_process_that_dies_loses_nothing(single, tmp_path):
+@pytest.mark.parametrize(("stage", "changes"), [("finetune", []), ("transfer", ["transfer.teacher=zero3"])])
+def test_a_process_that_dies_loses_nothing(single, tmp_path, stage, changes):
     path, one = single
     run = tmp_path / "run"
-    process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
-    checkpoints = run / "finetune" / "checkpoints"
+    process = start("convert", path, *SHORT, *changes, "--gpus", 2, "--out", run)
+    checkpoints = run / stage / "checkpoints"
     while process.poll() is None and not list(checkpoints.glob("*/trainer_state.json")):
         time.sleep(0.02)
     os.kill(workers(process.pid)["1"], signal.SIGKILL)
     assert "a process ended before its work was done" in finish(process, 2)
-    assert state(run, "finetune")["status"] == "running"
-    finish(start("convert", path, *SHORT, "--gpus", 2, "--out", run, "--resume"))
+    assert state(run, stage)["status"] == "running"
+    finish(start("convert", path, *SHORT, *changes, "--gpus", 2, "--out", run, "--resume"))
     assert_same_run(one, run)
 
 

@@ -1,0 +1,46 @@
+"""What each of two processes does in `test_teacher`: `zero3.py DIRECTORY FAMILY ..`, the models being in DIRECTORY."""
+
+import sys
+from functools import partial
+
+import torch
+from accelerate import PartialState
+from deepspeed.runtime import zero as deepspeed_zero
+from families import tiny_model
+from transfers import step, student
+
+from linearize.convert import zero
+from linearize.convert.blocks import decoder_blocks
+from linearize.convert.sources import Source, load_model
+
+PartialState(cpu=True)
+# Nothing is put together before it computes, and nothing is too small to be taken apart again.
+deepspeed_zero.DeepSpeedZeRoOffload = partial(
+    deepspeed_zero.DeepSpeedZeRoOffload, prefetch_bucket_size=0, param_persistence_threshold=0
+)
+directory, *families = sys.argv[1:]
+for family in families:
+    expected = step(student(tiny_model(family)))
+    with zero.partitioned(partial(load_model, Source(f"{directory}/{family}"), "float32"), "float32") as model:
+        student(model)
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        most = 0
+
+        def look(*_, frozen=frozen):
+            global most
+            most = max(most, sum(parameter.numel() for parameter in frozen))
+
+        for module in decoder_blocks(model).modules():
+            module.register_forward_hook(look, prepend=True)
+        found = step(model)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{family}: {name}: ".__add__)
+        whole = sum(parameter.ds_numel for parameter in frozen)
+        held = sum(parameter.ds_tensor.numel() for parameter in frozen)
+        # Parts are padded to the same size.
+        assert whole / 2 <= held <= whole / 2 + len(frozen), (family, held, whole)
+        largest = max(parameter.ds_numel for parameter in frozen)
+        assert 0 < most <= 2 * largest, (family, most, largest)
+        assert not sum(parameter.numel() for parameter in frozen), family
+    assert not sum(parameter.numel() + parameter.ds_tensor.numel() for parameter in frozen), family
+    print(f"{family}: {most} of {whole} numbers at most")
