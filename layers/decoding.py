@@ -7,6 +7,7 @@ accepted tokens enter it afterwards. On a GPU a step is replayed as a CUDA graph
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -140,6 +141,19 @@ class Rows:
         return torch.where(torch.arange(text.shape[1], device=text.device) < self.count[:, None], text, pad)
 
 
+@lru_cache(maxsize=16)
+def tree_on(device: torch.device, tree: DraftTree, width: int, sequential: bool) -> tuple:
+    """A tree's depths, ways, parents, ancestors and levels as tensors, which many texts take from there."""
+
+    def place(x):
+        return torch.as_tensor(x, dtype=torch.long, device=device)
+
+    with torch.inference_mode(False):
+        depths, ways, parents = map(place, (tree.depths, tree.ways, (0, *tree.parents[1:])))
+        levels = [[*map(place, level)] for level in tree.levels(width, sequential)]
+        return depths, ways, parents, tree.ancestors.to(device), levels
+
+
 class Step:
     """One forward pass and what is chosen by it. All that it changes stays where it is in memory.
 
@@ -154,17 +168,11 @@ class Step:
         self.model, self.cache, self.choose, self.rows, self.draft = model, cache, choose, rows, draft
         self.last, self.hidden = last, hidden
         self.heads, self.tree = (None, ALONE) if draft is None else draft
-        tree = self.tree
-
-        def place(x):
-            return torch.as_tensor(x, dtype=torch.long, device=last.device)
-
-        self.depths, self.ways, self.parents = map(place, (tree.depths, tree.ways, (0, *tree.parents[1:])))
-        self.ancestors = tree.ancestors.to(last.device)
         # Candidates of a head that are of use.
-        self.width = max((rank for rank in tree.ranks if rank != COPY), default=0) + 1
+        self.width = max((rank for rank in self.tree.ranks if rank != COPY), default=0) + 1
         sequential = self.heads is not None and self.heads.sequential
-        self.levels = [[*map(place, level)] for level in tree.levels(self.width, sequential)]
+        placed = tree_on(last.device, self.tree, self.width, sequential)
+        self.depths, self.ways, self.parents, self.ancestors, self.levels = placed
 
     @property
     def batch(self) -> int:
