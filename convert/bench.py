@@ -59,7 +59,7 @@ def draft_with(model, path: Path) -> None:
         StageError: the file holds none, or one that the model cannot draft.
     """
     try:
-        model.config.medusa["tree"] = json.loads(path.read_text("utf-8"))
+        model.config.medusa |= {"tree": json.loads(path.read_text("utf-8")), "nodes": None}
         load_heads(model)
     except (ValueError, TypeError) as error:
         raise StageError(f"{path}: {first_line(error)}") from None

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 import linearize.layers
 from linearize import __version__
-from linearize.layers.draft import DraftTree
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.speculative import HEADS_FILE
 
@@ -63,7 +62,7 @@ def export_model(
     model: PreTrainedModel,
     directory: Path,
     tokenizer=None,
-    draft: tuple[MedusaHeads, DraftTree] | None = None,
+    draft: tuple[MedusaHeads, dict] | None = None,
     max_shard_size: str = "5GB",
     files: dict[str, str | dict] | None = None,
 ) -> None:
@@ -72,7 +71,9 @@ def export_model(
 
     Args:
         tokenizer: saved beside the weights, chat template included.
-        draft: heads, saved as `medusa_heads.safetensors`, and the tree of their guesses that is verified at once.
+        draft: heads, saved as `medusa_heads.safetensors`, and the trees of their guesses that are verified at once:
+            `tree`, the paths of the largest one, of which the first are the smaller ones, and `nodes` of each by the
+            fewest sequences at once that it is for.
         max_shard_size: of the weight files.
         files: further text files by name; a dict becomes JSON.
     """
@@ -95,13 +96,13 @@ def export_model(
     }
     config["linearize_version"] = __version__
     if draft is not None:
-        heads, tree = draft
+        heads, trees = draft
         save_file(heads.state_dict(), directory / HEADS_FILE)
         config["medusa"] = {
             "heads": len(heads.blocks),
             "projection": "own" if heads.projections else "shared",
             "sequential": heads.sequential,
-            "tree": tree.paths,
+            **trees,
         }
         (directory / "custom_generate").mkdir(exist_ok=True)
         (directory / "custom_generate" / "generate.py").write_text(GENERATE, "utf-8")

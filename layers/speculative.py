@@ -13,23 +13,28 @@ from .medusa import MedusaHeads
 HEADS_FILE = "medusa_heads.safetensors"
 
 
-def attach_heads(model, heads: MedusaHeads, tree: DraftTree) -> None:
+def attach_heads(model, heads: MedusaHeads, trees: dict[int, DraftTree]) -> None:
     """Let `model.speculate` draft with `heads`.
 
+    Args:
+        trees: by the fewest sequences at once that each is for, one among them.
+
     Raises:
-        ValueError: when the heads are of another model, or too few for the tree.
+        ValueError: when the heads are of another model, or too few for a tree.
     """
     size, theirs = model.get_output_embeddings().in_features, heads.blocks[0].out_features
     if theirs != size:
         raise ValueError(f"heads are of a model with {theirs} hidden units, this one has {size}")
     slack = min(layer.config.slack for layer in model.linear_attentions().values())
-    if tree.heads > len(heads.blocks) or max(tree.depths) > min(slack, COPIED):
-        raise ValueError(
-            f"the tree is {max(tree.depths)} guesses deep and asks {tree.heads} heads; there are {len(heads.blocks)} "
-            f"heads, {COPIED} copied tokens, and {slack} tokens that the cache keeps in reserve (slack)"
-        )
+    for tree in trees.values():
+        if tree.heads > len(heads.blocks) or max(tree.depths) > min(slack, COPIED):
+            raise ValueError(
+                f"the tree is {max(tree.depths)} guesses deep and asks {tree.heads} heads; there are "
+                f"{len(heads.blocks)} heads, {COPIED} copied tokens, and {slack} tokens that the cache keeps in "
+                "reserve (slack)"
+            )
     # Not a submodule: the model's own weights stay as they are.
-    model.__dict__["draft"] = heads.eval(), tree
+    model.__dict__["draft"] = heads.eval(), trees
 
 
 def load_heads(model) -> None:
@@ -44,7 +49,8 @@ def load_heads(model) -> None:
     sequential = found.get("sequential", False)
     heads = MedusaHeads(model.get_output_embeddings(), found["heads"], found["projection"], sequential)
     heads.load_state_dict(load_file(cached_file(model.config.name_or_path, HEADS_FILE)))
-    attach_heads(model, heads, DraftTree.of(found["tree"]))
+    nodes = found.get("nodes") or {"1": len(found["tree"]) + 1}
+    attach_heads(model, heads, {int(rows): DraftTree.of(found["tree"][: n - 1]) for rows, n in nodes.items()})
 
 
 def speculate(
@@ -83,7 +89,8 @@ def speculate(
     others = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, LinearCacheLayer)}
     if others:
         raise ValueError(f"layers with {', '.join(sorted(others))} cannot verify a tree; decode without speculation")
-    heads, tree = model.__dict__["draft"]
+    heads, trees = model.__dict__["draft"]
+    tree = trees[max(rows for rows in trees if rows <= len(input_ids))]
     # Where the model is now.
     weight = model.get_output_embeddings().weight
     draft = heads.to(weight.device, weight.dtype), tree

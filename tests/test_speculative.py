@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
 
+from linearize.layers import speculative
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.decoding import Rows, Step
@@ -47,7 +48,7 @@ def make(
     if sequential:
         for parameter in heads.parameters():
             parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05
-    attach_heads(model, heads, tree)
+    attach_heads(model, heads, {1: tree})
     return model
 
 
@@ -142,6 +143,18 @@ def test_any_tree_and_batch(data):
     assert torch.equal(plain, speculative)
 
 
+def test_more_sequences_have_a_smaller_tree(monkeypatch):
+    model, inputs = make(SMALL["augmented"]), prompts(3)
+    heads = model.__dict__["draft"][0]
+    attach_heads(model, heads, {1: BUSHY, 2: CHAIN, 4: COPYING})
+    used = []
+    monkeypatch.setattr(speculative, "decode", lambda *arguments: used.append(arguments[6][1]))
+    for rows in (1, 2, 3):
+        few = {name: x[:rows] for name, x in inputs.items()}
+        model.generate(**few, max_new_tokens=2, do_sample=False, custom_generate=model.speculate)
+    assert used == [BUSHY, CHAIN, CHAIN]
+
+
 def test_guesses_are_accepted():
     """Heads that know what comes: fewer forward passes than tokens."""
     model = make(SMALL["augmented"], CHAIN)
@@ -155,7 +168,7 @@ def test_guesses_are_accepted():
                 calls.append(inputs["input_ids"].shape[1] + 4 * len(calls))
             return torch.nn.functional.one_hot(text[:, calls[-1] + 1 + head, None], 99).double()
 
-    model.__dict__["draft"] = Knowing(model.get_output_embeddings(), 3, "shared").double(), CHAIN
+    model.__dict__["draft"] = Knowing(model.get_output_embeddings(), 3, "shared").double(), {1: CHAIN}
     found = model.generate(
         **inputs, max_new_tokens=29, do_sample=False, eos_token_id=None, custom_generate=model.speculate
     )
@@ -189,9 +202,9 @@ def test_ends_processors_and_criteria_are_generates():
 def test_the_cache_afterwards_is_that_of_plain_decoding():
     model = make(SMALL["augmented"])
     caches = [x.past_key_values for x in both(model, prompts(), return_dict_in_generate=True)]
-    for plain, speculative in zip(*(cache.layers for cache in caches), strict=True):
-        assert torch.equal(plain.length, speculative.length)
-        torch.testing.assert_close(plain.state.S, speculative.state.S)
+    for plain, guessed in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(plain.length, guessed.length)
+        torch.testing.assert_close(plain.state.S, guessed.state.S)
 
 
 def test_tokens_are_streamed_in_order():
@@ -299,10 +312,10 @@ def test_bad_input():
         model.generate(**inputs, do_sample=True, custom_generate=model.speculate, typical_acceptance=2)
     deep = DraftTree.of([[0] * (i + 1) for i in range(7)])
     with pytest.raises(ValueError, match="7 guesses deep and asks 7 heads; there are 3 heads, 10 copied tokens, and 6"):
-        attach_heads(model, model.__dict__["draft"][0], deep)
+        attach_heads(model, model.__dict__["draft"][0], {1: CHAIN, 4: deep})
     other = MedusaHeads(torch.nn.Linear(8, 99), 1, "shared")
     with pytest.raises(ValueError, match="of a model with 8 hidden units, this one has 32"):
-        attach_heads(model, other, CHAIN)
+        attach_heads(model, other, {1: CHAIN})
     del model.__dict__["draft"]
     with pytest.raises(ValueError, match="no draft heads"):
         model.generate(**inputs, custom_generate=model.speculate)
