@@ -2,6 +2,7 @@
 
 import json as json_module
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,14 @@ def convert(
 ):
     """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
     context = _context(recipe, overrides, out)
+    from linearize.convert.context import disk_errors_named
+    from linearize.convert.launch import interruptions_named
+
+    with interruptions_named(context.directory), disk_errors_named(context.directory):
+        _convert(context, only, start, resume, launch, gpus)
+
+
+def _convert(context, only: str | None, start: str | None, resume: bool, launch: str, gpus: int | None) -> None:
     from linearize.convert import processes
     from linearize.convert.launch import launch_workers, processes_wanted
     from linearize.convert.pipeline import run, stages_to_run
@@ -371,27 +380,32 @@ def env(json: Json = False):
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
+    if "RANK" in os.environ:
+        from linearize.convert.parent import end_with_parent
+
+        end_with_parent(signal.SIGKILL)
     try:
         app()
     except (RecipeError, BadInput) as error:
-        problems = getattr(error, "problems", [str(error)])
+        _fail(getattr(error, "problems", [str(error)]))
     except ValueError as error:
         # Torch is loaded by now; before that only the two above are raised.
-        from linearize.convert.context import StageError
+        from linearize.convert.context import DiskError, StageError
 
         if not isinstance(error, StageError):
             raise
-        problems = [str(error)]
-    else:
-        return
+        _fail([str(error)], found_alone=isinstance(error, DiskError))
+
+
+def _fail(problems: list[str], found_alone: bool = False) -> None:
+    """End with what is wrong, which one process of several may have found, or all."""
     if "RANK" in os.environ:
         from linearize.convert.launch import REASON
 
-        # Of several processes, the first one speaks, and to whoever has launched them.
-        if os.environ["RANK"] != "0":
-            sys.exit(2)
         if reason := os.environ.get(REASON):
-            Path(reason).write_text("\n".join(problems), "utf-8")
+            Path(reason).write_text("\n".join([*problems, ""]), "utf-8")
+            sys.exit(2)
+        if os.environ["RANK"] != "0" and not found_alone:
             sys.exit(2)
     for problem in problems:
         errors.print(f"linearize: {problem}", markup=False, highlight=False)

@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from linearize.convert.context import StageError
+from linearize.convert.parent import end_with_parent
+from linearize.convert.processes import launched
 
 Launcher = Literal["auto", "none", "accelerate", "deepspeed"]
-# Where the main process writes why it ended, for `launch` to say it, instead of to standard error.
+# Where a process writes why it ended, for `launch_workers` to say it, instead of to standard error.
 REASON = "LINEARIZE_REASON"
 LOG = "launch.log"
 
@@ -53,18 +58,46 @@ def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[st
     return [*accelerate, *listed, *module]
 
 
+@contextmanager
+def interruptions_named(directory: Path) -> Iterator[None]:
+    """Inside, SIGTERM is Ctrl-C, but not in one of several processes, which may be waiting for others: it ends there.
+
+    Raises:
+        StageError: one of them came.
+    """
+    if launched():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StageError(
+            f"{directory}: stopped before its work was done; --resume goes on from what was saved before"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def launch_workers(launcher: Launcher, processes: int, arguments: list[str], directory: Path) -> None:
     """Run `linearize` with these arguments in so many processes, and wait for them.
 
     Raises:
-        StageError: with what the main process said it ended for, or else which log tells.
+        StageError: with what the first that failed said it ended for, or else which log tells.
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / LOG
     with tempfile.TemporaryDirectory() as scratch, log.open("wb") as errors:
+        # A pipe, as the reason may be that the disk is full.
         reason = Path(scratch) / "reason"
-        environment = os.environ | {REASON: str(reason)}
-        child = subprocess.Popen(command(launcher, processes, arguments), stderr=errors, env=environment)
+        os.mkfifo(reason)
+        told = os.open(reason, os.O_RDONLY | os.O_NONBLOCK)
+        child = subprocess.Popen(
+            command(launcher, processes, arguments),
+            stderr=errors,
+            env=os.environ | {REASON: str(reason)},
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
+        )
         before = {
             number: signal.signal(number, lambda number, _: child.send_signal(number))
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -74,11 +107,13 @@ def launch_workers(launcher: Launcher, processes: int, arguments: list[str], dir
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if not code:
-            return
-        told = reason.read_text("utf-8").strip() if reason.is_file() else ""
-    raise StageError(
-        told
-        or f"{directory}: a process ended before its work was done ({log} says how); --resume goes on from the last "
-        "checkpoint"
-    )
+        sentences = os.read(told, 65536).decode().splitlines()
+        os.close(told)
+    if code:
+        # What all have found, all say.
+        raise StageError(
+            sentences[0]
+            if sentences
+            else f"{directory}: a process ended before its work was done ({log} says how); --resume goes on from the "
+            "last checkpoint"
+        )

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearize.convert import processes
 from linearize.convert.batches import read_evenly
 from linearize.convert.bench import Prompt, encode, generate
-from linearize.convert.context import Artifact, Context, StageError
+from linearize.convert.context import Artifact, Context, StageError, put
 from linearize.convert.data import Documents, packed, problems_named, with_labels
-from linearize.convert.models import load_weights, merged_model, to_bfloat16, train_only
+from linearize.convert.models import load_weights, merged_model, read_tensors, to_bfloat16, train_only
 from linearize.convert.progress import TokenProgress
 from linearize.convert.training import label_weights, train
 from linearize.layers.cache import LinearCache
@@ -201,8 +201,8 @@ def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: st
                 found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
                 rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
                 save_file(rows, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
-            written = load_file(path)
+                put(path.with_suffix(".part"), path)
+            written = read_tensors(path)
             texts += [written[row] for row in sorted(written)]
             bar.show(len(texts), "text of its own")
     return texts

@@ -141,9 +141,15 @@ def _make_plan(recipe: Recipe) -> Plan:
 
     if recipe.finetune and recipe.finetune.deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("finetune.deepspeed: deepspeed is not installed; pip install 'linearize[deepspeed]'")
-    if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
+    if recipe.finetune and recipe.finetune.deepspeed:
         configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
-        if "optimizer" in configuration:
+        for precision in ("bf16", "fp16"):
+            if configuration.get(precision, {}).get("enabled") is True:
+                raise ValueError(
+                    f"finetune.deepspeed: {precision}.enabled rounds what is trained; leave it out, and let "
+                    "finetune.bf16 say what it is computed in"
+                )
+        if recipe.finetune.attention_lr is not None and "optimizer" in configuration:
             raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
     if recipe.finetune and recipe.finetune.chunk and (reason := cannot_carry(model)):
         raise ValueError(f"finetune.chunk: {reason}; use chunk: null")
