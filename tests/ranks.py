@@ -16,6 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process does: not even one that nobody has asked for its exit code."""
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @dataclass
 class Run:
     """Ranks of `linearize` that have been started.
@@ -28,19 +36,21 @@ class Run:
     pids: list[int]
     outputs: list[Path]
     server: subprocess.Popen
+    codes: list[int] | None = None
 
     def wait(self) -> list[int]:
         """Exit codes by rank, or less than 0, the signal that ended one."""
-        return json.loads(self.server.stdout.readline())
+        self.codes = self.codes or json.loads(self.server.stdout.readline())
+        return self.codes
 
     def has_ended(self) -> bool:
         """Whether all have, or are about to be ended since one has failed."""
-        return not all(_runs(pid) for pid in self.pids)
+        return not all(is_running(pid) for pid in self.pids)
 
     def kill(self, *numbers: signal.Signals | None) -> list[int]:
         """Exit codes after ranks got these signals, where they had not ended before."""
         for pid, number in zip(self.pids, numbers, strict=True):
-            if number is not None and _runs(pid):
+            if number is not None and is_running(pid):
                 os.kill(pid, number)
         return self.wait()
 
@@ -52,7 +62,7 @@ class Ranks:
     """Starts ranks; one run at a time."""
 
     def __init__(self, directory: Path):
-        self.directory, self.runs = directory, 0
+        self.directory, self.runs = directory, []
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
@@ -64,15 +74,18 @@ class Ranks:
         Args:
             limits: rank -> bytes that a file of it may have, as if its disk were full then.
         """
-        self.runs += 1
-        outputs = [self.directory / f"{self.runs}.{rank}" for rank in range(count)]
+        if self.runs:
+            # A test may have failed before it came to that.
+            self.runs[-1].wait()
+        outputs = [self.directory / f"{len(self.runs)}.{rank}" for rank in range(count)]
         for output in outputs:
             output.touch()
         limits = [(limits or {}).get(rank, resource.RLIM_INFINITY) for rank in range(count)]
         request = {"arguments": list(map(str, arguments)), "outputs": list(map(str, outputs)), "limits": limits}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        return Run(json.loads(self.server.stdout.readline()), outputs, self.server)
+        self.runs.append(Run(json.loads(self.server.stdout.readline()), outputs, self.server))
+        return self.runs[-1]
 
     def finish(self, count: int, *arguments) -> str:
         """What the first rank prints of a run that succeeds."""
@@ -83,14 +96,6 @@ class Ranks:
     def close(self) -> None:
         self.server.stdin.close()
         self.server.wait()
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process does: not even one that nobody has asked for its exit code."""
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def serve() -> None:
