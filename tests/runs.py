@@ -6,6 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from linearize.recipes.schema import DEEPSPEED
+
 from .ranks import Run
 
 
@@ -17,6 +19,15 @@ def converted(linearize, *arguments) -> str:
     result = linearize("convert", *arguments)
     assert result.code == 0, result.stderr
     return result.stdout
+
+
+def small_parts(deepspeed: str, directory: Path) -> Path:
+    """A shipped configuration with which ZeRO-3 does not leave the tiny model's parameters whole, written there."""
+    configuration = json.loads((DEEPSPEED / f"{deepspeed}.json").read_text())
+    configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path = directory / f"{deepspeed}.json"
+    path.write_text(json.dumps(configuration))
+    return path
 
 
 def until(run: Run, condition) -> None:

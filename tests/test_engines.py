@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from linearize.convert import checkpoints, finetune
 from linearize.recipes.loader import load_recipe
 
-from .runs import converted, results, state, until
+from .runs import converted, results, small_parts, state, until
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes for one core each")
 # Engine -> (processes, DeepSpeed configuration).
@@ -58,7 +58,7 @@ class Engine:
     """
 
     count: int
-    deepspeed: str | None
+    deepspeed: Path | None
     arguments: list
     whole: Path
     interrupted: Path
@@ -73,6 +73,8 @@ class Engine:
 def engine(request, ranks, transferred, tmp_path_factory) -> Engine:
     (path, before), (count, deepspeed) = transferred, ENGINES[request.param]
     directory = tmp_path_factory.mktemp("engine")
+    if deepspeed:
+        deepspeed = small_parts(deepspeed, directory)
     arguments = ["convert", path, f"finetune.deepspeed={deepspeed or 'null'}", "--out"]
     made = Engine(count, deepspeed, arguments, directory / "whole", directory / "interrupted")
     for run in (made.whole, made.interrupted):
@@ -118,6 +120,8 @@ def test_a_full_disk_and_a_damaged_checkpoint_lose_nothing(ranks, engine, tmp_pa
     assert re.fullmatch(rf"linearize: {run}: cannot be written \({reason}\); {advice}", said.splitlines()[-1]), said
 
     checkpoint = run / "finetune" / "checkpoints" / newest.name
+    # It had gone on from there.
+    assert [path.name for path in (checkpoint.parent / "part").iterdir()] == [f"checkpoint-{int(newest.name[-1]) + 1}"]
     assert checkpoints.newest(checkpoint.parent, Console(file=io.StringIO())) == checkpoint
     (checkpoint / "trainer_state.json").write_text("{}")
     printed = ranks.finish(engine.count, *engine.arguments, run, "--resume")

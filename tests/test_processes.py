@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from linearize.convert.launch import command
 
 from .ranks import is_running
-from .runs import converted, state
+from .runs import converted, small_parts, state
 
 # Two processes for one core each.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
@@ -88,7 +88,7 @@ def test_two_processes_do_what_one_does(single, tmp_path):
 def test_zero_does_what_one_process_does(ranks, single, tmp_path, configuration, count):
     """The stage behind it knows nothing of DeepSpeed."""
     path, one = single
-    overrides = [f"finetune.deepspeed={configuration}", "evaluate=null", "export=null"]
+    overrides = [f"finetune.deepspeed={small_parts(configuration, tmp_path)}", "evaluate=null", "export=null"]
     ranks.finish(count, "convert", path, *overrides, "--out", tmp_path / "run")
     assert_same_run(one, tmp_path / "run", "medusa")
 
