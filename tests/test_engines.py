@@ -157,7 +157,7 @@ def updates_are_kept(run: Path, stage: str, before: str, lr: float) -> bool:
     moved = torch.cat([(new[name] - old[own]).abs().flatten() for name, own in names.items()])
     rounded = [torch.equal(value, value.bfloat16().float()) for value in new.values()]
     # Each of the first steps is the rate times a number of at most about 1.
-    return bool((moved > 0).all() and (moved < 1.1 * STEPS * lr).all()) and not all(rounded)
+    return bool((moved > 0).all() and (moved < 1.1 * STEPS * lr).all()) and not any(rounded)
 
 
 def floating(value) -> list[torch.Tensor]:
