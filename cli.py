@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
+from linearize.convert.parent import REASON, end_with_parent
 from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -380,9 +381,7 @@ def env(json: Json = False):
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
-    if "RANK" in os.environ:
-        from linearize.convert.parent import end_with_parent
-
+    if REASON in os.environ:
         end_with_parent(signal.SIGKILL)
     try:
         app()
@@ -399,14 +398,11 @@ def main() -> None:
 
 def _fail(problems: list[str], found_alone: bool = False) -> None:
     """End with what is wrong, which one process of several may have found, or all."""
-    if "RANK" in os.environ:
-        from linearize.convert.launch import REASON
-
-        if reason := os.environ.get(REASON):
-            Path(reason).write_text("\n".join([*problems, ""]), "utf-8")
-            sys.exit(2)
-        if os.environ["RANK"] != "0" and not found_alone:
-            sys.exit(2)
+    if reason := os.environ.get(REASON):
+        Path(reason).write_text("\n".join([*problems, ""]), "utf-8")
+        sys.exit(2)
+    if os.environ.get("RANK", "0") != "0" and not found_alone:
+        sys.exit(2)
     for problem in problems:
         errors.print(f"linearize: {problem}", markup=False, highlight=False)
     sys.exit(2)

@@ -66,9 +66,10 @@ def _place(directory: Path, name: str, manifest: dict) -> None:
 def _manifest(checkpoint: Path) -> dict | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
-        return manifest if manifest.keys() == {"processes", "files"} else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
+    is_one = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and "processes" in manifest
+    return manifest if is_one else None
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -15,12 +15,10 @@ from typing import Literal, get_args
 import torch
 
 from linearize.convert.context import StageError
-from linearize.convert.parent import end_with_parent
+from linearize.convert.parent import REASON, end_with_parent
 from linearize.convert.processes import launched
 
 Launcher = Literal["auto", "none", "accelerate", "deepspeed"]
-# Where a process writes why it ended, for `launch_workers` to say it, instead of to standard error.
-REASON = "LINEARIZE_REASON"
 LOG = "launch.log"
 
 

@@ -156,7 +156,8 @@ def _make_plan(recipe: Recipe) -> Plan:
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)
-    # The GGUF copy of stage load, the exported model, and what is trained with two checkpoints of it.
+    # The GGUF copy of stage load, the exported model, and what is trained, with two checkpoints of it and one that is
+    # being written.
     copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
     layers = model.linear_attentions()
     held = sum(state_bytes(layer, is_rotary(modules[index]), item) for index, layer in layers.items())
@@ -176,7 +177,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
-        disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
+        disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 3 * largest * 12,
     )
 
 

@@ -21,7 +21,7 @@ def configuration(name: str, bf16: bool) -> dict:
     those that are trained.
     """
     found = json.loads(deepspeed_file(name).read_text("utf-8"))
-    # No modules whose weights are sent, and so saved, rounded.
+    # No modules whose gradients and weights are sent in bfloat16.
     found["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return found
 
@@ -54,11 +54,14 @@ def engaged() -> Iterator[None]:
     if own:
         # Port 0: any that is free.
         os.environ |= dict(zip(processes.VARIABLES, ("0", "0", "1", "localhost", "0"), strict=True))
-    yield
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    AcceleratorState._reset_state()
-    if own:
-        distributed.destroy_process_group()
-        for name in processes.VARIABLES:
-            del os.environ[name]
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        AcceleratorState._reset_state()
+        if own:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+            for name in processes.VARIABLES:
+                del os.environ[name]

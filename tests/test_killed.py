@@ -42,10 +42,9 @@ def path(tiny_model, tmp_path_factory) -> Path:
     return path
 
 
-def stage_of(run: Run) -> str | None:
-    """The last stage that a run has begun."""
-    begun = [line for line in run.text().splitlines() if line in STAGES]
-    return begun[-1] if begun else None
+def begun(run: Run) -> list[str]:
+    """The stages that a run has begun."""
+    return [line for line in run.text().splitlines() if line in STAGES]
 
 
 def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_path):
@@ -57,7 +56,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_pa
     began = {}
     run = ranks.start(2, "convert", path, "--out", whole)
     for stage in STAGES:
-        until(run, lambda stage=stage: stage_of(run) == stage)
+        until(run, lambda stage=stage: stage in begun(run))
         began[stage] = time.monotonic()
     assert run.wait() == [0, 0], run.text()
     ends = [*list(began.values())[1:], time.monotonic()]
@@ -68,15 +67,16 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_pa
         stage = missing[0]
         done = (killed / stage / "state.json").is_file() and state(killed, stage)["status"] == "done"
         run = ranks.start(2, "convert", path, "--out", killed, *(["--from", stage] if done else ["--resume"]))
-        until(run, lambda run=run, stage=stage: stage_of(run) == stage)
+        until(run, lambda run=run, stage=stage: stage in begun(run))
         time.sleep(choice.uniform(0, seconds[stage]))
-        hit = stage_of(run)
         numbers = choice.choice([(1, 0), (0, 1), (1, 1)])
         signals = [choice.choice([signal.SIGTERM, signal.SIGKILL]) if number else None for number in numbers]
-        if run.kill(*signals) != [0, 0]:
-            kills[hit] += 1
+        last = begun(run)[-1]
+        codes = run.kill(*signals)
+        if codes != [0, 0]:
+            assert any(number and code == -number for number, code in zip(signals, codes, strict=True)), run.text()
+            kills[last] += 1
         printed += run.text()
     printed += ranks.finish(2, "convert", path, "--out", killed, "--resume")
-    print(kills)
     assert "is damaged" not in printed
     assert results(whole) == results(killed)
