@@ -2,6 +2,7 @@
 
 import json as json_module
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
+from linearize.convert.parent import REASON, end_with_parent
 from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -71,20 +73,26 @@ def convert(
 ):
     """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
     context = _context(recipe, overrides, out)
+    from linearize.convert.context import disk_errors_named
+    from linearize.convert.launch import interruptions_named
+
+    with interruptions_named(context.directory), disk_errors_named(context.directory):
+        _convert(context, only, start, resume, launch, gpus)
+
+
+def _convert(context, only: str | None, start: str | None, resume: bool, launch: str, gpus: int | None) -> None:
     from linearize.convert import processes
     from linearize.convert.launch import launch_workers, processes_wanted
     from linearize.convert.pipeline import run, stages_to_run
     from linearize.convert.plan import load_plan, make_plan, save_plan, show_memory, show_plan
 
-    sections = (context.recipe.finetune, context.recipe.medusa)
-    deepspeed = any(section is not None and section.deepspeed for section in sections)
-    wanted = 0 if processes.launched() else processes_wanted(launch, gpus, deepspeed)
+    wanted = 1 if processes.launched() else processes_wanted(launch, gpus)
     processes.join()
     console.quiet = not processes.is_main()
     todo = processes.alone(stages_to_run, context, only, start, resume, max(wanted, processes.count()))
     if todo:
         plan = make_plan(context)
-        if wanted:
+        if wanted > 1:
             # What can be told before is told by this process.
             launch_workers(launch, wanted, sys.argv[1:], context.directory)
             return
@@ -373,28 +381,28 @@ def env(json: Json = False):
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
+    if REASON in os.environ:
+        end_with_parent(signal.SIGKILL)
     try:
         app()
     except (RecipeError, BadInput) as error:
-        problems = getattr(error, "problems", [str(error)])
+        _fail(getattr(error, "problems", [str(error)]))
     except ValueError as error:
         # Torch is loaded by now; before that only the two above are raised.
-        from linearize.convert.context import StageError
+        from linearize.convert.context import DiskError, StageError
 
         if not isinstance(error, StageError):
             raise
-        problems = [str(error)]
-    else:
-        return
-    if "RANK" in os.environ:
-        from linearize.convert.launch import REASON
+        _fail([str(error)], found_alone=isinstance(error, DiskError))
 
-        # Of several processes, the first one speaks, and to whoever has launched them.
-        if os.environ["RANK"] != "0":
-            sys.exit(2)
-        if reason := os.environ.get(REASON):
-            Path(reason).write_text("\n".join(problems), "utf-8")
-            sys.exit(2)
+
+def _fail(problems: list[str], found_alone: bool = False) -> None:
+    """End with what is wrong, which one process of several may have found, or all."""
+    if reason := os.environ.get(REASON):
+        Path(reason).write_text("\n".join([*problems, ""]), "utf-8")
+        sys.exit(2)
+    if os.environ.get("RANK", "0") != "0" and not found_alone:
+        sys.exit(2)
     for problem in problems:
         errors.print(f"linearize: {problem}", markup=False, highlight=False)
     sys.exit(2)

@@ -1,9 +1,13 @@
 """One run of a recipe: its directory, what each stage left there, and what every stage asks for."""
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +32,7 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "export": ("export", "name", "model.license", "model.base_model"),
 }
 STAGES = tuple(STAGE_INPUTS)
+STATE = "state.json"
 OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export")
 
 
@@ -41,6 +46,10 @@ class Artifact:
 
 class StageError(ValueError):
     """A stage cannot run; one sentence says why and what would work."""
+
+
+class DiskError(StageError):
+    """A disk takes no more, which one process of several may find before the others do."""
 
 
 @dataclass
@@ -65,9 +74,18 @@ class Context:
         return self.directory / stage
 
     def state(self, stage: str) -> dict[str, Any] | None:
-        """What `state.json` of a stage says, None where it never began."""
-        path = self.stage_directory(stage) / "state.json"
-        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+        """What `state.json` of a stage says, None where it never began.
+
+        Raises:
+            StageError: it is no JSON.
+        """
+        path = self.stage_directory(stage) / STATE
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise StageError(f"{path}: is damaged ({error}); --from {stage} makes it again") from error
 
     def write_state(self, stage: str, status: str, metrics: dict[str, Any]) -> None:
         state = {
@@ -82,7 +100,7 @@ class Context:
             },
             "metrics": metrics,
         }
-        write_atomically(self.stage_directory(stage) / "state.json", json.dumps(state, indent=2) + "\n")
+        write_atomically(self.stage_directory(stage) / STATE, json.dumps(state, indent=2) + "\n")
 
     def input_hash(self, stage: str) -> str:
         """Changes when anything does that the result of `stage` follows from: the recipe's parts for it and for the
@@ -120,7 +138,47 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, "utf-8")
+    put(temporary, path)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Give a written file its name once all of it is on the disk, which may have no room for it until then."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def disk_errors_named(directory: Path) -> Iterator[None]:
+    """What a disk refuses inside is told by the directory that was written to.
+
+    Raises:
+        DiskError: it is full, or a file larger than it may be.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_error(error)
+        if reason is None:
+            raise
+        raise DiskError(
+            f"{directory}: cannot be written ({reason}); make room, and --resume goes on from what was saved before"
+        ) from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    """What a disk has said, of an error of one of the libraries that write files; None of others."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in full else None
+    text = str(error)
+    # Safetensors and tokenizers, which are written in Rust.
+    if code := re.search(r"\(os error (\d+)\)", text):
+        return os.strerror(int(code[1])) if int(code[1]) in full else None
+    # Torch says no more of what it does not write to the end.
+    if "iostream error" in text or "unexpected pos" in text or "PytorchStreamWriter" in text:
+        return "torch could not write a file to its end"
+    return None
 
 
 def _part(recipe: dict[str, Any], path: str) -> Any:

@@ -108,7 +108,7 @@ def train_tuned_teacher(context: Context) -> None:
     if not (directory / WEIGHTS).is_file():
         torch.manual_seed(context.recipe.seed)
         tune(context, TUNED_STAGE, softmax_model(context))
-        processes.alone(shutil.rmtree, directory / "checkpoints")
+    processes.alone(shutil.rmtree, directory / "checkpoints", True)
 
 
 def tuned_teacher(context: Context) -> nn.Module:

@@ -4,7 +4,7 @@ import shutil
 
 import torch
 
-from linearize.convert.context import Artifact, Context
+from linearize.convert.context import Artifact, Context, StageError
 from linearize.convert.medusa import trained_draft
 from linearize.convert.models import LINEAR, merged_model
 from linearize.hub.card import model_card
@@ -25,19 +25,25 @@ def run(context: Context) -> Artifact:
         # Where texts are cut.
         tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.finetune.longest)
     metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage != "export"}
-    directory = context.stage_directory("export")
-    shutil.rmtree(directory / "model", ignore_errors=True)
-    export_model(
-        model,
-        directory / "model",
-        tokenizer=tokenizer,
-        draft=draft,
-        max_shard_size=recipe.export.max_shard_size,
-        files={
-            "README.md": model_card(recipe, metrics),
-            "recipe.yaml": dump_recipe(recipe),
-            "metrics.json": metrics,
-        },
-    )
-    size = sum(file.stat().st_size for file in (directory / "model").iterdir())
-    return Artifact(directory / "model", {"bytes": size})
+    directory = context.stage_directory("export") / "model"
+    # Nobody takes half a model for one.
+    part = directory.with_name("model.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        export_model(
+            model,
+            part,
+            tokenizer=tokenizer,
+            draft=draft,
+            max_shard_size=recipe.export.max_shard_size,
+            files={
+                "README.md": model_card(recipe, metrics),
+                "recipe.yaml": dump_recipe(recipe),
+                "metrics.json": metrics,
+            },
+        )
+    except ValueError as error:
+        raise StageError(f"{directory}: the model could not be saved: {error}") from error
+    shutil.rmtree(directory, ignore_errors=True)
+    part.rename(directory)
+    return Artifact(directory, {"bytes": sum(file.stat().st_size for file in directory.iterdir())})

@@ -6,27 +6,27 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from linearize.convert.context import StageError
+from linearize.convert.parent import REASON, end_with_parent
+from linearize.convert.processes import launched
 
 Launcher = Literal["auto", "none", "accelerate", "deepspeed"]
-# Where the main process writes why it ended, for `launch` to say it, instead of to standard error.
-REASON = "LINEARIZE_REASON"
 LOG = "launch.log"
 
 
-def processes_wanted(launcher: Launcher, gpus: int | None, deepspeed: bool) -> int:
-    """How many processes to start; 0 to go on in this one.
-
-    Args:
-        deepspeed: whether a stage uses it; it reads a launcher's environment even as one process.
+def processes_wanted(launcher: Launcher, gpus: int | None) -> int:
+    """How many processes to start; 1 to go on in this one.
 
     Raises:
-        StageError: there is no such launcher, more are asked for than there are GPUs, or DeepSpeed without a launcher.
+        StageError: there is no such launcher, or more are asked for than there are GPUs.
     """
     if launcher not in get_args(Launcher):
         raise StageError(f"--launch {launcher}: expected {', '.join(get_args(Launcher))}")
@@ -36,11 +36,8 @@ def processes_wanted(launcher: Launcher, gpus: int | None, deepspeed: bool) -> i
     if launcher == "none":
         if gpus not in (None, 1):
             raise StageError(f"--launch none: runs as one process, not as --gpus {gpus}")
-        if deepspeed:
-            raise StageError("--launch none: DeepSpeed is started by a launcher, as one process too; use --launch auto")
-        return 0
-    wanted = gpus or max(present, 1)
-    return wanted if wanted > 1 or deepspeed else 0
+        return 1
+    return gpus or max(present, 1)
 
 
 def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[str]:
@@ -48,8 +45,8 @@ def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[st
     module = ["--module", "linearize.cli", *arguments]
     if launcher == "deepspeed":
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), *module]
-    if not torch.cuda.is_available() or processes == 1:
-        # accelerate starts several processes on CPUs by MPI alone, and a single one without a launcher's environment.
+    if not torch.cuda.is_available():
+        # accelerate starts several processes on CPUs by MPI alone.
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*torchrun, "--nproc_per_node", str(processes), *module]
     options = {"num_processes": processes, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
@@ -59,18 +56,46 @@ def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[st
     return [*accelerate, *listed, *module]
 
 
+@contextmanager
+def interruptions_named(directory: Path) -> Iterator[None]:
+    """Inside, SIGTERM is Ctrl-C, but not in one of several processes, which may be waiting for others: it ends there.
+
+    Raises:
+        StageError: one of them came.
+    """
+    if launched():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise StageError(
+            f"{directory}: stopped before its work was done; --resume goes on from what was saved before"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def launch_workers(launcher: Launcher, processes: int, arguments: list[str], directory: Path) -> None:
     """Run `linearize` with these arguments in so many processes, and wait for them.
 
     Raises:
-        StageError: with what the main process said it ended for, or else which log tells.
+        StageError: with what the first that failed said it ended for, or else which log tells.
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / LOG
     with tempfile.TemporaryDirectory() as scratch, log.open("wb") as errors:
+        # A pipe, as the reason may be that the disk is full.
         reason = Path(scratch) / "reason"
-        environment = os.environ | {REASON: str(reason)}
-        child = subprocess.Popen(command(launcher, processes, arguments), stderr=errors, env=environment)
+        os.mkfifo(reason)
+        told = os.open(reason, os.O_RDONLY | os.O_NONBLOCK)
+        child = subprocess.Popen(
+            command(launcher, processes, arguments),
+            stderr=errors,
+            env=os.environ | {REASON: str(reason)},
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),
+        )
         before = {
             number: signal.signal(number, lambda number, _: child.send_signal(number))
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -80,11 +105,13 @@ def launch_workers(launcher: Launcher, processes: int, arguments: list[str], dir
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if not code:
-            return
-        told = reason.read_text("utf-8").strip() if reason.is_file() else ""
-    raise StageError(
-        told
-        or f"{directory}: a process ended before its work was done ({log} says how); --resume goes on from the last "
-        "checkpoint"
-    )
+        sentences = os.read(told, 65536).decode().splitlines()
+        os.close(told)
+    if code:
+        # What all have found, all say.
+        raise StageError(
+            sentences[0]
+            if sentences
+            else f"{directory}: a process ended before its work was done ({log} says how); --resume goes on from the "
+            "last checkpoint"
+        )

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from linearize.convert import sources
-from linearize.convert.context import STAGES, Context, StageError
+from linearize.convert.context import STAGES, Context, StageError, put
 from linearize.convert.keep import named_heads
+from linearize.hub.saved import check_saved
 from linearize.layers.seam import head_shapes, install
 from linearize.recipes.schema import FinetuneSection
 
@@ -135,21 +137,42 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_weights(weights: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write `weights` as a whole file or not at all."""
+    """Write `weights` as a whole file or not at all.
+
+    Raises:
+        StageError: what was written is not all of them, such as a part that ZeRO-3 has given this process.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / (WEIGHTS + ".part")
     save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary)
-    temporary.replace(directory / WEIGHTS)
+    try:
+        check_saved([temporary], weights)
+    except ValueError as error:
+        raise StageError(f"{directory}: the weights were not saved whole: {error}") from error
+    put(temporary, directory / WEIGHTS)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a stage has written to `path`.
+
+    Raises:
+        StageError: the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        stage = next(name for name in reversed(path.parts) if name in STAGES)
+        raise StageError(f"{path}: is damaged ({error}); --from {stage} makes it again") from error
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:
     """Copy saved weights into the parameters of the same names.
 
     Raises:
-        ValueError: when a saved weight has no parameter here.
+        StageError: the file is damaged; ValueError: when a saved weight has no parameter here.
     """
     parameters = dict(model.named_parameters())
-    saved = load_file(directory / WEIGHTS)
+    saved = read_tensors(directory / WEIGHTS)
     unknown = saved.keys() - parameters.keys()
     if unknown:
         raise ValueError(f"{directory / WEIGHTS}: holds {sorted(unknown)[0]}, which this model has not")

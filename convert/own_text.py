@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from linearize.convert import processes
 from linearize.convert.batches import read_evenly
 from linearize.convert.bench import Prompt, generate
-from linearize.convert.context import Context, StageError
+from linearize.convert.context import Context, StageError, put
 from linearize.convert.data import Documents, encode, problems_named, prompts, with_labels
+from linearize.convert.models import read_tensors
 from linearize.convert.progress import TokenProgress
 
 # Tokens of the data that such a text begins with.
@@ -99,11 +100,11 @@ def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: st
                 found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
                 rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
                 save_file(rows, path.with_suffix(".part"))
-                path.with_suffix(".part").replace(path)
+                put(path.with_suffix(".part"), path)
             said += len(part)
             bar.show(said, "text of its own")
     processes.wait()
-    return [written[row] for written in map(load_file, batches) for row in sorted(written)]
+    return [written[row] for written in map(read_tensors, batches) for row in sorted(written)]
 
 
 def answer(prompt: Tensor, text: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import yaml
 
 from linearize.convert import processes
 from linearize.convert.batches import shared
-from linearize.convert.context import STAGES, Context, StageError, write_atomically
+from linearize.convert.context import STAGES, STATE, Context, StageError, write_atomically
 from linearize.convert.launch import LOG
 from linearize.layers.seam import UnsupportedModelError
 from linearize.recipes.loader import dump_recipe
@@ -46,11 +46,13 @@ def run(context: Context, todo: list[str], start: str | None = None) -> None:
 
 
 def _prepare(context: Context, start: str | None) -> None:
-    write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
     if start is not None:
-        # What follows from a stage that is redone is not finished any more.
-        for stage in STAGES[STAGES.index(start) :]:
+        # What follows from a stage that is redone is not finished any more; where this ends halfway, no stage is said
+        # to be finished whose files, or those that it follows from, are gone.
+        for stage in reversed(STAGES[STAGES.index(start) :]):
+            (context.stage_directory(stage) / STATE).unlink(missing_ok=True)
             shutil.rmtree(context.stage_directory(stage), ignore_errors=True)
+    write_atomically(context.directory / RESOLVED, dump_recipe(context.recipe))
 
 
 def _finish(context: Context, stage: str, metrics: dict[str, Any]) -> None:

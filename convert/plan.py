@@ -24,7 +24,7 @@ from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
 from linearize.recipes.attention import KeepSection
-from linearize.recipes.schema import Recipe, deepspeed_file
+from linearize.recipes.schema import Recipe, ShardedTraining, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
 
 CONTEXTS = (2048, 8192, 32768, 131072)
@@ -150,16 +150,17 @@ def _make_plan(recipe: Recipe) -> Plan:
     if recipe.transfer and recipe.transfer.blocks_at_once:
         # Raises where there are none.
         decoder_blocks(model)
-    if recipe.finetune and recipe.finetune.deepspeed and recipe.finetune.attention_lr is not None:
-        configuration = json.loads(deepspeed_file(recipe.finetune.deepspeed).read_text("utf-8"))
-        if "optimizer" in configuration:
-            raise ValueError("finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
+    for stage in ("finetune", "medusa"):
+        section = getattr(recipe, stage)
+        if section and section.deepspeed:
+            _check_deepspeed(stage, section)
     if recipe.finetune and recipe.finetune.chunk and (reason := cannot_carry(model)):
         raise ValueError(f"finetune.chunk: {reason}; use chunk: null")
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)
-    # The GGUF copy of stage load, the exported model, and what is trained with two checkpoints of it.
+    # The GGUF copy of stage load, the exported model, and what is trained, with two checkpoints of it and one that is
+    # being written.
     copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
     layers = model.linear_attentions()
     held = sum(state_bytes(layer, is_rotary(modules[index]), item) for index, layer in layers.items())
@@ -179,8 +180,20 @@ def _make_plan(recipe: Recipe) -> Plan:
         kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
-        disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 2 * largest * 12,
+        disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 3 * largest * 12,
     )
+
+
+def _check_deepspeed(stage: str, section: ShardedTraining) -> None:
+    configuration = json.loads(deepspeed_file(section.deepspeed).read_text("utf-8"))
+    for precision in ("bf16", "fp16"):
+        if configuration.get(precision, {}).get("enabled") is True:
+            raise ValueError(
+                f"{stage}.deepspeed: {precision}.enabled rounds what is trained; leave it out, and let {stage}.bf16 "
+                "say what it is computed in"
+            )
+    if getattr(section, "attention_lr", None) is not None and "optimizer" in configuration:
+        raise ValueError(f"{stage}.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
 
 
 def _planned_heads(keep: KeepSection | None, kv_heads: dict[int, int]) -> dict[int, tuple[int, ...]]:

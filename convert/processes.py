@@ -46,14 +46,18 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
 def is_main() -> bool:
     """Whether this process does what only one does: it prints, and writes results."""
-    return not distributed.is_initialized() or distributed.get_rank() == 0
+    return rank() == 0
 
 
 def share(work: Sequence[T]) -> Sequence[T]:
     """What this process does of work that all do together."""
-    return work[distributed.get_rank() :: count()] if distributed.is_initialized() else work
+    return work[rank() :: count()]
 
 
 def wait() -> None:
@@ -75,6 +79,15 @@ def alone(work: Callable[..., T], *arguments) -> T:
     if not outcome[0]:
         sys.exit(2)
     return outcome[1]
+
+
+def everyone(value: T) -> list[T]:
+    """What every process gives, by rank, for all."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:

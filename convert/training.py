@@ -1,9 +1,9 @@
 """The training loop, once: transformers' Trainer with a stage's objective, trainable parameters and data."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
@@ -11,15 +11,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
 
-from linearize.convert import processes, zero
+from linearize.convert import checkpoints, processes, zero
 from linearize.convert.batches import TrainingBatches, shared
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
-from linearize.recipes.schema import deepspeed_file
 from linearize.recipes.training import Training
 
 
@@ -119,6 +119,14 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    def _get_output_dir(self, trial):
+        # Of checkpoints that are not whole yet, which Trainer must not count among the old ones.
+        return str(Path(self.args.output_dir) / checkpoints.PART)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        checkpoints.finish(Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
     def save_model(self, output_dir=None, _internal_call=False):
         save_trainable(self.whole, Path(output_dir))
 
@@ -130,7 +138,7 @@ class ShowProgress(TrainerCallback):
     """A bar over the steps, with the loss."""
 
     def __init__(self, context: Context, tokens_per_step: int):
-        self.context, self.tokens_per_step = context, tokens_per_step
+        self.context, self.tokens_per_step, self.bar = context, tokens_per_step, None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = TokenProgress(self.context.console, state.max_steps, self.tokens_per_step, state.global_step)
@@ -140,8 +148,10 @@ class ShowProgress(TrainerCallback):
         if "loss" in (logs or {}):
             self.bar.show(state.global_step, f"loss {logs['loss']:.4g}")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.stop()
+    def stop(self):
+        """However training ended: whoever says why is not to write into the bar, nor to miss the cursor."""
+        if self.bar is not None:
+            self.bar.stop()
 
 
 def train(
@@ -164,11 +174,56 @@ def train(
         The loss of every step, those before an interruption included.
 
     Raises:
-        StageError: nothing is trainable, or the loss is no number.
+        StageError: nothing is trainable, the loss is no number, or a checkpoint of DeepSpeed's is of another number of
+            processes.
     """
     if not trainable(model):
         raise StageError(f"{stage}: this attention has nothing to train; leave the stage out ({stage}: null)")
     directory, section = context.stage_directory(stage), shared(stage, section, processes.count())
+    deepspeed = getattr(section, "deepspeed", None)
+    checkpoint = checkpoints.newest(directory / "checkpoints", context.console)
+    if deepspeed and checkpoint and (before := checkpoints.saved_by(checkpoint)) != processes.count():
+        raise StageError(
+            f"{stage}: {checkpoint.name} is of {before} processes, and DeepSpeed's parts of it fit no other number, "
+            f"{processes.count()} for one; use --gpus {before}, or --from {stage.split('/')[0]} to start again"
+        )
+    with problems_named("data.train", context.recipe.data.train):
+        sources = [iter(source) for source in documents or context.training_documents]
+        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
+    trained = model
+    if objective.is_local:
+        # The rest of the model is no business of Trainer's, which would move and wrap it.
+        trained = nn.ModuleList(model.linear_attentions().values())
+        if hasattr(model, "hf_device_map"):
+            # What it asks before it moves a model.
+            trained.hf_device_map = model.hf_device_map
+    progress = ShowProgress(context, section.batch_size * section.length)
+    with zero.engaged() if deepspeed else nullcontext():
+        if deepspeed:
+            zero.prepare(model)
+        trainer = StageTrainer(
+            stage,
+            model,
+            objective,
+            learning_rates or {},
+            model=trained,
+            args=_arguments(context, directory, objective, section),
+            train_dataset=data,
+            data_collator=itemgetter(0),
+            callbacks=[progress],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.stop()
+        save_trainable(model, directory)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _arguments(context: Context, directory: Path, objective: Objective, section: Training) -> TrainingArguments:
+    """Trainer's, of a process's share of `section`."""
+    deepspeed = getattr(section, "deepspeed", None)
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=section.steps,
@@ -183,52 +238,24 @@ def train(
         lr_scheduler_type=section.schedule,
         # Layers of a local objective have nothing to do with each other, so no common norm clips them.
         max_grad_norm=0.0 if objective.is_local else 1.0,
-        bf16=section.bf16,
+        # DeepSpeed's configuration says it itself.
+        bf16=section.bf16 and not deepspeed,
         use_cpu=context.device.type == "cpu",
         seed=context.recipe.seed,
         save_strategy="steps",
         save_steps=section.save_every,
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=context.device.type == "cuda",
-        deepspeed=str(deepspeed_file(name)) if (name := getattr(section, "deepspeed", None)) else None,
+        deepspeed=zero.configuration(deepspeed, section.bf16) if deepspeed else None,
     )
     if arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         # One process is one device: Trainer would spread it over all GPUs by nn.DataParallel.
         arguments._n_gpu = min(arguments.n_gpu, 1)
-    with problems_named("data.train", context.recipe.data.train):
-        sources = [iter(source) for source in documents or context.training_documents]
-        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
-    if arguments.deepspeed:
-        zero.prepare(model)
-    trained = model
-    if objective.is_local:
-        # The rest of the model is no business of Trainer's, which would move and wrap it.
-        trained = nn.ModuleList(model.linear_attentions().values())
-        if hasattr(model, "hf_device_map"):
-            # What it asks before it moves a model.
-            trained.hf_device_map = model.hf_device_map
-    trainer = StageTrainer(
-        stage,
-        model,
-        objective,
-        learning_rates or {},
-        model=trained,
-        args=arguments,
-        train_dataset=data,
-        data_collator=itemgetter(0),
-        callbacks=[ShowProgress(context, section.batch_size * section.length)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(directory / "checkpoints"))
-    save_trainable(model, directory)
-    if arguments.deepspeed:
-        zero.leave()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return arguments
 
 
 def save_trainable(model: nn.Module, directory: Path) -> None:
@@ -237,14 +264,3 @@ def save_trainable(model: nn.Module, directory: Path) -> None:
     with zero.gathered(weights.values()):
         if processes.is_main():
             save_weights(weights, directory)
-
-
-def _newest_checkpoint(directory: Path) -> str | None:
-    """The latest checkpoint whose last file, the trainer's state, is whole."""
-    for checkpoint in sorted(directory.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-            return str(checkpoint)
-        except (OSError, ValueError):
-            continue
-    return None

@@ -1,15 +1,30 @@
 """What DeepSpeed's ZeRO asks of whoever trains with it, and leaves behind."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from linearize.convert import processes
 from linearize.layers.attention import LinearAttention
+from linearize.recipes.schema import deepspeed_file
+
+
+def configuration(name: str, bf16: bool) -> dict:
+    """DeepSpeed's, of a recipe's `deepspeed`.
+
+    bfloat16 is for computing, as without DeepSpeed: what DeepSpeed itself calls bf16 rounds the model's weights, also
+    those that are trained.
+    """
+    found = json.loads(deepspeed_file(name).read_text("utf-8"))
+    # No modules whose gradients and weights are sent in bfloat16.
+    found["torch_autocast"] = {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return found
 
 
 def prepare(model: nn.Module) -> None:
@@ -48,11 +63,26 @@ def add_gradients(engine: nn.Module, root: Tensor, is_last: bool) -> None:
     engine.set_gradient_accumulation_boundary(boundary)
 
 
-def leave() -> None:
-    """What is trained or loaded next knows nothing of DeepSpeed."""
-    unset_hf_deepspeed_config()
-    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    AcceleratorState._reset_state()
+@contextmanager
+def engaged() -> Iterator[None]:
+    """Inside, Trainer may be given a configuration of DeepSpeed's; what is trained or loaded afterwards knows nothing
+    of it."""
+    # It talks to a group of processes, also where one that no launcher has started is all of it.
+    own = not processes.launched()
+    if own:
+        # Port 0: any that is free.
+        os.environ |= dict(zip(processes.VARIABLES, ("0", "0", "1", "localhost", "0"), strict=True))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        AcceleratorState._reset_state()
+        if own:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+            for name in processes.VARIABLES:
+                del os.environ[name]
 
 
 @contextmanager

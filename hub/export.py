@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import linearize.layers
 from linearize import __version__
+from linearize.hub.saved import check_saved
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.speculative import HEADS_FILE
 
@@ -76,11 +77,15 @@ def export_model(
             fewest sequences at once that it is for.
         max_shard_size: of the weight files.
         files: further text files by name; a dict becomes JSON.
+
+    Raises:
+        ValueError: the files do not hold the weights.
     """
     base = next(cls for cls in type(model).__mro__ if cls.__module__.startswith("transformers.models."))
     directory.mkdir(parents=True, exist_ok=True)
     # In the layout of memory: transformers renames weights by model type on loading, and this type is its own.
     model.save_pretrained(directory, max_shard_size=max_shard_size, save_original_format=False)
+    check_saved(directory.glob("model*.safetensors"), model.state_dict())
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -98,6 +103,7 @@ def export_model(
     if draft is not None:
         heads, trees = draft
         save_file(heads.state_dict(), directory / HEADS_FILE)
+        check_saved([directory / HEADS_FILE], heads.state_dict())
         config["medusa"] = {
             "heads": len(heads.blocks),
             "projection": "own" if heads.projections else "shared",

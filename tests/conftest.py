@@ -26,6 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.recipes.schema import BUILTIN_DATA
 
+from .ranks import Ranks
+
 # The suite runs in parallel processes.
 torch.set_num_threads(1)
 
@@ -96,6 +98,14 @@ def linearize():
         return Result(code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Starts several processes of the command line as one run."""
+    started = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

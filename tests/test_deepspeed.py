@@ -1,18 +1,11 @@
-"""Two processes under DeepSpeed learn what one learns without it: whole sequences or chunk by chunk, heads too."""
+"""Processes under DeepSpeed learn what one learns without it: whole sequences or chunk by chunk, heads too."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from linearize.convert.launch import processes_wanted
-from linearize.recipes.schema import deepspeed_file
-
-from .runs import assert_same_training, converted
+from .runs import assert_same_training, converted, small_parts
 
 # Two processes for one core each.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
@@ -23,16 +16,11 @@ TRUNCATED = f"{CHUNKS} finetune.backward=truncated"
 
 @pytest.fixture
 def zero3(tmp_path) -> Path:
-    """As shipped, but for the tiny model's parameters: these are shared out, too."""
-    configuration = json.loads(deepspeed_file("zero3").read_text())
-    configuration["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = tmp_path / "zero3.json"
-    path.write_text(json.dumps(configuration))
-    return path
+    return small_parts("zero3", tmp_path)
 
 
 @pytest.fixture
-def run_all(linearize, recipe, tmp_path):
+def run_all(linearize, ranks, recipe, tmp_path):
     """Converts by one process, `alone`, and by two (name -> overrides): gives each one's directory."""
 
     def run(alone: dict[str, str], together: dict[str, str], **sections) -> dict[str, Path]:
@@ -40,12 +28,8 @@ def run_all(linearize, recipe, tmp_path):
         runs = {name: tmp_path / name for name in (*alone, *together)}
         for name, overrides in alone.items():
             converted(linearize, path, "--out", runs[name], *overrides.split())
-        lines = [f"{path} --out {runs[name]} {overrides}" for name, overrides in together.items()]
-        script = Path(__file__).with_name("conversions.py")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*torchrun, script, *lines], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
+        for name, overrides in together.items():
+            ranks.finish(2, "convert", path, "--out", runs[name], *overrides.split())
         return runs
 
     return run
@@ -90,11 +74,3 @@ def test_medusa(run_all, zero3):
     for run in runs.values():
         assert_same_training(one, run, "medusa")
         assert [(run / text).read_bytes() for text in texts] == [(one / text).read_bytes() for text in texts]
-
-
-def test_one_process_has_a_launcher_too(linearize, recipe):
-    """DeepSpeed would ask MPI for what a launcher says."""
-    assert processes_wanted("auto", None, deepspeed=True) == 1
-    assert processes_wanted("auto", None, deepspeed=False) == 0
-    result = linearize("convert", recipe(), "medusa.deepspeed=zero2", "--launch", "none")
-    assert result.code == 2 and "--launch none: DeepSpeed is started by a launcher, as one process too" in result.stderr

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import distributed
 from linearize.convert import processes
 from linearize.convert.launch import command
 
+from .ranks import is_running
 from .runs import assert_same_training, converted, state
 
 # Two processes for one core each.
@@ -78,11 +80,11 @@ def test_two_processes_do_what_one_does(single, tmp_path):
         assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
 
 
-def test_two_processes_learn_chunk_by_chunk_and_block_by_block(single, tmp_path):
+def test_two_processes_learn_chunk_by_chunk_and_block_by_block(ranks, single, tmp_path):
     """By the exact gradient, as if at once."""
     path, one = single
     parts = ["finetune.chunk=32", "transfer.blocks_at_once=1", "transfer.micro_batch_size=1"]
-    finish(start("convert", path, *SHORT, *parts, "--gpus", 2, "--out", tmp_path / "run"))
+    ranks.finish(2, "convert", path, *SHORT, *parts, "--out", tmp_path / "run")
     assert_same_run(one, tmp_path / "run")
 
 
@@ -127,51 +129,88 @@ def workers(parent: int) -> dict[str, int]:
     return found
 
 
+def with_checkpoint(process: subprocess.Popen, directory: Path) -> None:
+    """Waits until a stage has one."""
+    while process.poll() is None and not list((directory / "checkpoints").glob("checkpoint-*")):
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(("stage", "changes"), [("finetune", []), ("transfer", ["transfer.teacher=zero3"])])
-def test_a_process_that_dies_loses_nothing(single, tmp_path, stage, changes):
+def test_a_process_that_dies_loses_nothing(ranks, single, tmp_path, stage, changes):
     path, one = single
     run = tmp_path / "run"
     process = start("convert", path, *SHORT, *changes, "--gpus", 2, "--out", run)
-    checkpoints = run / stage / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("*/trainer_state.json")):
-        time.sleep(0.02)
+    with_checkpoint(process, run / stage)
     os.kill(workers(process.pid)["1"], signal.SIGKILL)
     assert "a process ended before its work was done" in finish(process, 2)
     assert state(run, stage)["status"] == "running"
-    finish(start("convert", path, *SHORT, *changes, "--gpus", 2, "--out", run, "--resume"))
+    ranks.finish(2, "convert", path, *SHORT, *changes, "--out", run, "--resume")
     assert_same_run(one, run)
 
 
-def test_another_number_of_processes_goes_on(single, tmp_path):
+def test_another_number_of_processes_goes_on(linearize, single, tmp_path):
     """What two have begun, one finishes."""
     path, one = single
     run = tmp_path / "run"
     process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
-    while process.poll() is None and not list((run / "transfer" / "checkpoints").glob("*/trainer_state.json")):
-        time.sleep(0.02)
+    with_checkpoint(process, run / "transfer")
     process.terminate()
     assert "--resume goes on" in finish(process, 2)
-    finish(start("convert", path, *SHORT, "--launch", "none", "--out", run, "--resume"))
+    converted(linearize, path, *SHORT, "--launch", "none", "--out", run, "--resume")
+    assert_same_run(one, run)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not told")
+def test_no_process_goes_on_without_who_launched_it(ranks, single, tmp_path):
+    """It would write what a resumed run goes on from."""
+    path, one = single
+    run = tmp_path / "run"
+    process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
+    with_checkpoint(process, run / "transfer")
+    left = workers(process.pid).values()
+    process.kill()
+    process.communicate()
+    while any(map(is_running, left)):
+        assert not (run / "finetune").exists(), "they have finished the stage"
+        time.sleep(0.02)
+    assert state(run, "transfer")["status"] == "running"
+    ranks.finish(2, "convert", path, *SHORT, "--out", run, "--resume")
     assert_same_run(one, run)
 
 
 @pytest.mark.parametrize(
-    "arguments, environment, sentence",
+    "arguments, sentence",
     [
-        (["--launch", "mpi"], {}, "--launch mpi: expected auto, none, accelerate, deepspeed"),
-        (["--launch", "none", "--gpus", 2], {}, "--launch none: runs as one process, not as --gpus 2"),
-        (["--gpus", 3], {}, "transfer.batch_size: 3 processes cannot share the 4 sequences of a step; use"),
-        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set, as a launcher sets it, but not LOCAL_RANK, MASTER_ADDR"),
+        (["--launch", "mpi"], "--launch mpi: expected auto, none, accelerate, deepspeed"),
+        (["--launch", "none", "--gpus", 2], "--launch none: runs as one process, not as --gpus 2"),
+        (["--gpus", 3], "transfer.batch_size: 3 processes cannot share the 4 sequences of a step; use"),
     ],
 )
-def test_what_cannot_be_launched(single, tmp_path, arguments, environment, sentence):
+def test_what_cannot_be_launched(linearize, single, tmp_path, arguments, sentence):
     path, _ = single
-    process = start("convert", path, "--out", tmp_path / "run", *arguments, environment=environment)
-    assert sentence in finish(process, 2)
+    result = linearize("convert", path, "--out", tmp_path / "run", *arguments)
+    assert result.code == 2 and result.stderr.startswith(f"linearize: {sentence}")
     assert not (tmp_path / "run").exists()
 
 
-def test_what_fails_in_one_process_is_said_once(single, tmp_path):
+def test_half_of_a_launchers_environment(single, tmp_path):
+    process = start("convert", single[0], "--out", tmp_path / "run", environment={"RANK": "0", "WORLD_SIZE": "2"})
+    assert "RANK is set, as a launcher sets it, but not LOCAL_RANK, MASTER_ADDR" in finish(process, 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_all_processes_find_the_first_one_says(ranks, single, tmp_path):
     path, _ = single
-    process = start("convert", path, "finetune.lr=1e30", "--gpus", 2, "--out", tmp_path / "run", "--resume")
-    assert "finetune: the loss of step" in finish(process, 2)
+    run = ranks.start(2, "convert", path, "finetune.lr=1e30", "--out", tmp_path / "run")
+    assert run.wait() == [2, 2]
+    assert "linearize: finetune: the loss of step" in run.text(0) and "linearize: " not in run.text(1)
+
+
+def test_what_one_process_finds_is_said(single, tmp_path):
+    """By whoever has launched it, though it is not the first one."""
+    path, _ = single
+    run = tmp_path / "run"
+    process = start("convert", path, *SHORT, "--gpus", 2, "--out", run)
+    with_checkpoint(process, run / "transfer")
+    resource.prlimit(workers(process.pid)["1"], resource.RLIMIT_FSIZE, (1024, 1024))
+    assert f"linearize: {run}: cannot be written" in finish(process, 2)
