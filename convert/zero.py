@@ -80,7 +80,11 @@ def engaged() -> Iterator[None]:
         AcceleratorState._reset_state()
         if own:
             if distributed.is_initialized():
+                from deepspeed.utils import groups
+
                 distributed.destroy_process_group()
+                # Its clone of that group, which it would take for one of the next group.
+                groups._WORLD_GROUP = None
             for name in processes.VARIABLES:
                 del os.environ[name]
 

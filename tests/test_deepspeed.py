@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
+
+from linearize.convert import processes
 
 from .runs import assert_same_training, converted, small_parts
 
@@ -74,3 +77,14 @@ def test_medusa(run_all, zero3):
     for run in runs.values():
         assert_same_training(one, run, "medusa")
         assert [(run / text).read_bytes() for text in texts] == [(one / text).read_bytes() for text in texts]
+
+
+def test_one_process_needs_no_launcher(run_all, zero3):
+    """Nor does the next stage under DeepSpeed, which has a group of processes of its own."""
+    one, *others = run_all(
+        {"one": "", "zero2": "finetune.deepspeed=zero2", "zero3": f"finetune.deepspeed={zero3}"}, {},
+        medusa=None, finetune=TRAINING | {"steps": 2, "length": 32},
+    ).values()  # fmt: skip
+    for run in others:
+        assert_same_training(one, run, "finetune")
+    assert not processes.launched() and not distributed.is_initialized()
