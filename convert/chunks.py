@@ -8,6 +8,7 @@ once; each chunk takes the cache before it as given.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -68,7 +69,8 @@ class Chunks:
         # Dropout is to be the same in both passes.
         seeds = torch.randint(2**62, (len(self.places),)).tolist()
         before = [LinearCache(self.model)]
-        with torch.no_grad():
+        # Past the engine, whose forward does the same.
+        with torch.no_grad(), nullcontext() if self.engine is None else zero.autocast(self.engine):
             for place, seed in list(zip(self.places, seeds, strict=True))[:-1]:
                 cache = before[-1].branch(Tensor.detach, self._segments(place))
                 torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
@@ -48,6 +48,13 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             for part in parts:
                 stack.enter_context(GatheredParameters([part]))
         yield
+
+
+def autocast(engine: nn.Module) -> AbstractContextManager:
+    """Inside, what does not go through an engine's forward is computed in the precision of what does."""
+    from deepspeed.runtime.torch_autocast import autocast_if_enabled
+
+    return autocast_if_enabled(engine)
 
 
 def add_gradients(engine: nn.Module, root: Tensor, is_last: bool) -> None:
