@@ -247,14 +247,15 @@ def test_learning_rates_that_deepspeed_does_not_know(refused, tmp_path, monkeypa
     assert "finetune.attention_lr: the DeepSpeed configuration has an optimizer of its own" in line
 
 
+@pytest.mark.parametrize("stage", ["finetune", "medusa"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_deepspeed_that_rounds_what_is_trained(refused, tmp_path, monkeypatch, precision):
+def test_deepspeed_that_rounds_what_is_trained(refused, tmp_path, monkeypatch, stage, precision):
     real = importlib.util.find_spec
     found = lambda name, *rest: real("torch" if name == "deepspeed" else name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", found)
     (tmp_path / "zero2.json").write_text(json.dumps({precision: {"enabled": True}}))
-    line = refused(f"finetune.deepspeed={tmp_path}/zero2.json")
-    assert f"finetune.deepspeed: {precision}.enabled rounds what is trained; leave it out, and let" in line
+    line = refused(f"{stage}.deepspeed={tmp_path}/zero2.json")
+    assert f"{stage}.deepspeed: {precision}.enabled rounds what is trained; leave it out, and let {stage}.bf16" in line
 
 
 def test_override_that_is_wrong(refused):
