@@ -9,6 +9,7 @@ memory is the largest of any GPU, as PyTorch's allocator counts it. Writes `scal
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -114,6 +115,8 @@ def work(shape: str, jobs: list[str], steps: int, out: Path) -> None:
     for job in jobs:
         if "ZeRO-3 teacher" in job and processes.count() == 1:
             continue
+        # Models are in cycles: the one before would be counted.
+        gc.collect()
         found[job] = measure(job, shape, steps)
         if processes.is_main():
             print(shape, processes.count(), job, found[job], flush=True)
