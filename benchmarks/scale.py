@@ -9,6 +9,7 @@ memory is the largest of any GPU, as PyTorch's allocator counts it. Writes `scal
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -74,9 +75,15 @@ def measure(job: str, shape: str, steps: int) -> dict:
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=length, **SHAPES[shape])
 
     def random_model(context, **keywords):
-        # Blocks that come from host memory are made there.
-        with torch.device("cpu" if "blocks" in job else DEVICE):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        # A CPU would take a minute to draw so many weights; stages find a model in host memory.
+        with torch.device(DEVICE):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        if "ZeRO-3 teacher" not in job:
+            model = model.cpu()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return model
 
     transfer.softmax_model = models.softmax_model = random_model
     training.ShowProgress = Clock
@@ -88,8 +95,6 @@ def measure(job: str, shape: str, steps: int) -> dict:
         generator = torch.Generator().manual_seed(0)
         text = torch.randint(32000, (4 * rows * count * length,), generator=generator)
         context.__dict__["training_documents"] = [[text]]
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         {"transfer": transfer, "finetune": finetune}[stage].run(context)
         if count > 1:
             distributed.barrier()
@@ -110,6 +115,8 @@ def work(shape: str, jobs: list[str], steps: int, out: Path) -> None:
     for job in jobs:
         if "ZeRO-3 teacher" in job and processes.count() == 1:
             continue
+        # Models are in cycles: the one before would be counted.
+        gc.collect()
         found[job] = measure(job, shape, steps)
         if processes.is_main():
             print(shape, processes.count(), job, found[job], flush=True)

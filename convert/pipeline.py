@@ -1,5 +1,6 @@
 """A recipe's stages in order: finished ones are skipped, interrupted ones resumed, nothing redone unasked."""
 
+import gc
 import importlib
 import os
 import shutil
@@ -43,6 +44,10 @@ def run(context: Context, todo: list[str], start: str | None = None) -> None:
         # The next stage reads what this one has written.
         processes.alone(_finish, context, stage, {**artifact.metrics, "seconds": seconds})
         context.console.print(f"  done in {seconds:.0f} s -> {artifact.directory}", highlight=False)
+        # What has trained refers to itself, and would be there beside the next stage's model.
+        gc.collect()
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _prepare(context: Context, start: str | None) -> None:

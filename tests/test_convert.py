@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from linearize.convert import own_text
+from linearize.convert import finetune, own_text, transfer
 from linearize.convert.context import STAGES, Context
 from linearize.convert.models import merged_model, model_after, save_weights
 from linearize.convert.own_text import own_prompts, own_texts
@@ -163,6 +164,25 @@ def test_own_text_that_was_interrupted_goes_on(linearize, tmp_path, recipe, monk
     # The third one again, and what came behind it.
     assert len(asked) == 7 and asked[3] == asked[2]
     assert before.items() <= {file: file.stat().st_mtime_ns for file in texts.iterdir()}.items()
+
+
+def test_a_stage_gives_its_model_back(linearize, recipe, monkeypatch):
+    real, kept = transfer.model_after, []
+
+    def noted(*arguments):
+        model = real(*arguments)
+        kept.append(weakref.ref(model))
+        return model
+
+    tune = finetune.run
+
+    def run(context):
+        assert kept.pop()() is None
+        return tune(context)
+
+    monkeypatch.setattr(transfer, "model_after", noted)
+    monkeypatch.setattr(finetune, "run", run)
+    converted(linearize, recipe(medusa=None, evaluate=None, export=None))
 
 
 def test_only_needs_the_stages_before(linearize, recipe):
