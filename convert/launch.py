@@ -42,9 +42,11 @@ def processes_wanted(launcher: Launcher, gpus: int | None) -> int:
 
 def command(launcher: Launcher, processes: int, arguments: list[str]) -> list[str]:
     """The command line that starts so many processes of `linearize` with these arguments on this machine."""
-    module = ["--module", "linearize.cli", *arguments]
     if launcher == "deepspeed":
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes), *module]
+        # Behind a dash, or it takes --launch for one of its own.
+        options = ["--num_gpus", str(processes), "--no_local_rank", "--module", "--"]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *options, "linearize.cli", *arguments]
+    module = ["--module", "linearize.cli", *arguments]
     if not torch.cuda.is_available():
         # accelerate starts several processes on CPUs by MPI alone.
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

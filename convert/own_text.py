@@ -1,8 +1,10 @@
 """Text that the converted model writes for its heads to train on: they are to guess the model, not the data."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -95,7 +97,7 @@ def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: st
     with TokenProgress(context.console, sum(len(part) for _, part in own), length) as bar:
         said = 0
         for path, part in own:
-            if not path.exists():
+            if not _is_whole(path):
                 longest = max(map(len, part))
                 found = generate(base, [Prompt(ids, "") for ids in part], max(1, length - longest))
                 rows = {f"{row:06}": torch.cat(pair) for row, pair in enumerate(zip(part, found.tokens, strict=True))}
@@ -105,6 +107,15 @@ def own_texts(context: Context, base: nn.Module, prompts: list[Tensor], name: st
             bar.show(said, "text of its own")
     processes.wait()
     return [written[row] for written in map(read_tensors, batches) for row in sorted(written)]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, to its end."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def answer(prompt: Tensor, text: Tensor) -> dict[str, Tensor]:

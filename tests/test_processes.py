@@ -214,3 +214,25 @@ def test_what_one_process_finds_is_said(single, tmp_path):
     with_checkpoint(process, run / "transfer")
     resource.prlimit(workers(process.pid)["1"], resource.RLIMIT_FSIZE, (1024, 1024))
     assert f"linearize: {run}: cannot be written" in finish(process, 2)
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_launcher_leaves_the_arguments_alone(launcher, monkeypatch):
+    """As on GPUs, though this machine may have none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = ["convert", "r.yaml", "seed=1", "--gpus", "2", "--launch", launcher, "--out", "run", "--only", "load"]
+    asked += ["--from", "install", "--resume"]
+    words = command(launcher, 2, asked)[3:]
+    if launcher == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        found = launch_command_parser().parse_args(words)
+        assert found.training_script == "linearize.cli" and found.training_script_args == asked
+    else:
+        from deepspeed.launcher.runner import parse_args
+
+        found = parse_args(words)
+        assert found.user_script == "linearize.cli" and found.user_args == asked
+        # What it would put in front of them.
+        assert found.no_local_rank
+    assert found.module
