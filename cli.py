@@ -71,7 +71,7 @@ def convert(
     ] = "auto",
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; without a GPU, so many on the CPU.")] = None,
 ):
-    """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export."""
+    """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export, push."""
     context = _context(recipe, overrides, out)
     from linearize.convert.context import disk_errors_named
     from linearize.convert.launch import interruptions_named
@@ -92,6 +92,10 @@ def _convert(context, only: str | None, start: str | None, resume: bool, launch:
     todo = processes.alone(stages_to_run, context, only, start, resume, max(wanted, processes.count()))
     if todo:
         plan = make_plan(context)
+        if "push" in todo:
+            from linearize.convert.push import check as check_push
+
+            processes.alone(check_push, context)
         if wanted > 1:
             # What can be told before is told by this process.
             launch_workers(launch, wanted, sys.argv[1:], context.directory)
@@ -362,6 +366,51 @@ def evaluate(
         print(json_module.dumps(results, indent=2))
     else:
         console.print(results_table(results))
+
+
+@app.command()
+def push(
+    model: Model,
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, created where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created from main where there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; change nothing.")] = False,
+    json: Json = False,
+):
+    """Publish an exported model on the Hugging Face Hub; after an interruption, only what is missing is sent."""
+    from pydantic import ValidationError
+
+    from linearize.recipes.schema import PushSection
+
+    try:
+        section = PushSection(repo=repo, private=private, revision=revision, create_pr=create_pr)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise BadInput(f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}") from None
+    path = _model_directory(model)
+    if not _is_linear(path):
+        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
+    _quieten()
+    from dataclasses import asdict
+
+    from linearize.convert.sources import check_weights
+    from linearize.hub import push as hub
+
+    try:
+        check_weights(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    try:
+        found = hub.plan(path, section) if dry_run else hub.push(path, section, progress=not json)
+    except hub.PushError as error:
+        raise BadInput(str(error)) from error
+    if json:
+        print(json_module.dumps(asdict(found), indent=2))
+    elif dry_run:
+        console.print(hub.plan_table(found))
+    else:
+        console.print(found.url if found.changed else f"unchanged: {found.url}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -30,10 +30,11 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
     "evaluate": ("evaluate", "data.heldout"),
     "export": ("export", "name", "model.license", "model.base_model"),
+    "push": ("push",),
 }
 STAGES = tuple(STAGE_INPUTS)
 STATE = "state.json"
-OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export")
+OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export", "push")
 
 
 @dataclass(frozen=True)

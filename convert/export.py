@@ -24,7 +24,7 @@ def run(context: Context) -> Artifact:
     if recipe.finetune is not None:
         # Where texts are cut.
         tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.finetune.longest)
-    metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage != "export"}
+    metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage not in ("export", "push")}
     directory = context.stage_directory("export") / "model"
     # Nobody takes half a model for one.
     part = directory.with_name("model.part")

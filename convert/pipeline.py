@@ -20,7 +20,7 @@ from linearize.recipes.training import Training
 
 RESOLVED = "resolved.yaml"
 # What one process does for all; the other stages share their work.
-ALONE = ("load", "install", "export")
+ALONE = ("load", "install", "export", "push")
 
 
 def run(context: Context, todo: list[str], start: str | None = None) -> None:

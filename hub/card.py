@@ -1,6 +1,8 @@
 """The model card: where the model comes from, what was done to it, and what was measured."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,6 +40,19 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
     Args:
         metrics: stage -> its metrics.
     """
+    metadata = card_metadata(recipe)
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=recipe.name,
+        base=metadata.get("base_model", "A model"),
+        memory=_memory(metrics["install"], recipe.attention.kept_window),
+        results=_results(metrics),
+        recipe=dump_recipe(recipe),
+    )
+
+
+def card_metadata(recipe: Recipe) -> dict[str, Any]:
+    """What stands before the card's text, known before anything is trained."""
     named = not Path(recipe.model.source).exists() and not recipe.model.source.startswith("package:")
     base = recipe.model.base_model or (recipe.model.source if named else None)
     metadata = {
@@ -48,14 +63,12 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
     }
     if base is not None:
         metadata |= {"base_model": base, "base_model_relation": "finetune"}
-    return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
-        name=recipe.name,
-        base=base or "A model",
-        memory=_memory(metrics["install"], recipe.attention.kept_window),
-        results=_results(metrics),
-        recipe=dump_recipe(recipe),
-    )
+    return metadata
+
+
+def card_for(repo: str, card: str) -> str:
+    """A card whose example loads the model from `repo`, not from a directory."""
+    return re.sub(r'from_pretrained\("path/to/[^"]*"', f'from_pretrained("{repo}"', card)
 
 
 def _memory(installed: dict, kept_window: int | None) -> str:

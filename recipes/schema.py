@@ -254,6 +254,49 @@ class ExportSection(Section):
         return size
 
 
+class PushSection(Section):
+    """Where the exported model is published, on the Hugging Face Hub.
+
+    Attributes:
+        repo: `namespace/name`, or a name in the namespace of whoever the token is; created where there is none.
+        private: create it as a private one; a public one that is there already is refused.
+        revision: branch to commit to, created from `main` where there is none, or `refs/pr/<number>`; None is `main`.
+        create_pr: open a pull request instead.
+    """
+
+    repo: Text
+    private: bool = False
+    revision: Text | None = None
+    create_pr: bool = False
+
+    @field_validator("repo")
+    @classmethod
+    def _name(cls, repo: str) -> str:
+        # Loads an HTTP client, which recipes without this section do without.
+        from huggingface_hub.utils import validate_repo_id
+
+        validate_repo_id(repo)
+        return repo
+
+    @field_validator("revision")
+    @classmethod
+    def _branch(cls, revision: str | None) -> str | None:
+        if revision is None or re.fullmatch(r"refs/pr/\d+", revision):
+            return revision
+        if re.fullmatch(r"[0-9a-f]{40}", revision):
+            raise ValueError(f"{revision} is a commit, which nothing can be added to; name a branch")
+        if revision.startswith("refs/") or not re.fullmatch(r"\w+([./-]\w+)*", revision):
+            raise ValueError(f"{revision!r} is not the name of a branch")
+        return revision
+
+    @field_validator("create_pr")
+    @classmethod
+    def _to_main(cls, create_pr: bool, info: ValidationInfo) -> bool:
+        if create_pr and info.data.get("revision") is not None:
+            raise ValueError("a pull request is opened against main; leave revision out")
+        return create_pr
+
+
 class Recipe(Section):
     """Everything one conversion needs to know. A stage that is None is left out.
 
@@ -275,6 +318,7 @@ class Recipe(Section):
     medusa: MedusaSection | None = None
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
+    push: PushSection | None = None
 
     @field_validator("keep")
     @classmethod
@@ -340,3 +384,10 @@ class Recipe(Section):
             if not finetune.next_token:
                 raise ValueError("tuned_teacher: with finetune.next_token 0 the teacher would learn from itself alone")
         return evaluate
+
+    @field_validator("push")
+    @classmethod
+    def _exported_before(cls, push: PushSection | None, info: ValidationInfo) -> PushSection | None:
+        if push is not None and info.data.get("export", push) is None:
+            raise ValueError("only an exported model can be pushed; add the section export, which may be {}")
+        return push
