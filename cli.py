@@ -321,6 +321,42 @@ def bench(
         console.print(table(results))
 
 
+@app.command(name="import")
+def import_(
+    checkpoints: Annotated[list[str], typer.Argument(help="Files, directories or Hub ids, such as both of LoLCATs'.")],
+    base: Annotated[str, typer.Option(help="Hub id or directory of the model that they were trained on.")],
+    out: Annotated[Path, typer.Option(help="Directory for the model; it must not be there yet.")],
+    format: Annotated[
+        str | None, typer.Option(help="lolcats or linearized-llm, where names in the checkpoint do not tell.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, help="Of LoRA adapters; twice their rank, as published.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Of LoLCATs: terrace, or sliding where a file's name says wsw.")
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(min=1, help="Of LoLCATs' window, or Linearized-LLM's groups; 64.")
+    ] = None,
+    softmax_layer: Annotated[list[int] | None, typer.Option(min=0, help="Not converted; may be repeated.")] = None,
+):
+    """Make an exported model of checkpoints that LoLCATs or Linearized-LLM published."""
+    for name, value, choices in (
+        ("format", format, (None, "lolcats", "linearized-llm")),
+        ("window", window, (None, "terrace", "sliding")),
+    ):
+        if value not in choices:
+            raise BadInput(f"--{name} {value}: expected {' or '.join(filter(None, choices))}")
+    _quieten()
+    from linearize.convert.importing import import_published
+
+    import_published(
+        checkpoints, base, out.expanduser(), console, format=format, alpha=alpha, window=window,
+        window_size=window_size, softmax_layers=softmax_layer or (),
+    )  # fmt: skip
+    console.print(f"[bold]{out}[/bold]", highlight=False)
+
+
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="An exported model, the directory of a run, or a softmax model's.")],

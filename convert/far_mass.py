@@ -59,9 +59,8 @@ def far_mass(model: nn.Module, ids: Tensor) -> dict:
         # What the near keys leave: the weights of far keys alone need not sum to it under the delta rule, whose far
         # mass is bounded from below.
         share = 1 - (weights.cpu() * is_near).sum(-1)[:, has_far].mean(-1)
-        groups = len(share) // (layer.kv_heads + len(layer.kept))
         shares[str(index)] = [
-            None if head // groups in layer.kept else value for head, value in enumerate(share.tolist())
+            None if head // layer.groups in layer.kept else value for head, value in enumerate(share.tolist())
         ]
     linear = [value for row in shares.values() for value in row if value is not None]
     return {"mean": sum(linear) / len(linear), "layers": shares}

@@ -1,11 +1,13 @@
 """The model card: where the model comes from, what was done to it, and what was measured."""
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from linearize.hub.published import Published
 from linearize.recipes.loader import dump_recipe
 from linearize.recipes.schema import Recipe
 
@@ -26,12 +28,33 @@ model = AutoModelForCausalLM.from_pretrained("path/to/{name}", trust_remote_code
 
 `trust_remote_code` is needed: the code is in this directory, and without it nothing loads this model as the softmax
 model that it was.
-{results}
+{sections}
+"""
+
+RECIPE = """{results}
 ## Recipe
 
 ```yaml
-{recipe}```
-"""
+{recipe}```"""
+
+IMPORTED = """
+## Where it comes from
+
+Nothing was trained to make this model. `linearize import` merged into one what {paper} published:
+
+- base: {base}
+{checkpoints}
+
+{adapters} What is computed is their formula, {groups}the same in training, prefill and decoding.
+
+```yaml
+attention:
+{attention}```"""
+
+PAPERS = {
+    "lolcats": "LoLCATs ([arXiv 2410.10254](https://arxiv.org/abs/2410.10254))",
+    "linearized-llm": "Linearized-LLM ([arXiv 2406.07368](https://arxiv.org/abs/2406.07368))",
+}
 
 
 def model_card(recipe: Recipe, metrics: dict) -> str:
@@ -40,30 +63,44 @@ def model_card(recipe: Recipe, metrics: dict) -> str:
     Args:
         metrics: stage -> its metrics.
     """
-    metadata = card_metadata(recipe)
-    return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
-        name=recipe.name,
-        base=metadata.get("base_model", "A model"),
-        memory=_memory(metrics["install"], recipe.attention.kept_window),
-        results=_results(metrics),
-        recipe=dump_recipe(recipe),
-    )
+    memory = _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
+    sections = RECIPE.format(results=_results(metrics), recipe=dump_recipe(recipe))
+    return _card(recipe.name, card_metadata(recipe), memory, sections)
 
 
 def card_metadata(recipe: Recipe) -> dict[str, Any]:
     """What stands before the card's text, known before anything is trained."""
     named = not Path(recipe.model.source).exists() and not recipe.model.source.startswith("package:")
     base = recipe.model.base_model or (recipe.model.source if named else None)
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": recipe.model.license or "other",
-        "tags": ["linearize", "linear-attention"],
-    }
-    if base is not None:
-        metadata |= {"base_model": base, "base_model_relation": "finetune"}
-    return metadata
+    return _metadata(base, recipe.model.license)
+
+
+def imported_card(name: str, base: str, checkpoints: list[str], published: Published, alpha: float | None) -> str:
+    """README.md of a model that others trained.
+
+    Args:
+        base: Hub id, or a directory, which is not told.
+        checkpoints: their Hub ids or paths, of which names are told.
+        alpha: of the adapters; None: twice their rank.
+    """
+    hub_base = None if Path(base).exists() else base
+    config = published.config
+    adapters = "They held no LoRA adapters: this is attention transfer alone."
+    if published.adapters:
+        ranks = sorted({len(A) for A, _ in published.adapters.values()})
+        scale = "twice the rank" if alpha is None else f"{alpha:g}"
+        adapters = f"LoRA adapters of rank {', '.join(map(str, ranks))} are merged with alpha {scale}."
+    elif published.weights:
+        adapters = "Weights of the base that they held have taken its place."
+    sections = IMPORTED.format(
+        paper=PAPERS[published.format],
+        base=hub_base or Path(base).name,
+        checkpoints="\n".join(f"- {Path(path).name if Path(path).exists() else path}" for path in checkpoints),
+        adapters=adapters,
+        groups="in groups counted from the text's beginning, " if config.window in ("block", "terrace") else "",
+        attention=textwrap.indent(yaml.safe_dump(config.to_dict(), sort_keys=False), "  "),
+    )
+    return _card(name, _metadata(hub_base, None), _memory(published.kept, config.kept_window), sections)
 
 
 def card_for(repo: str, card: str) -> str:
@@ -71,8 +108,30 @@ def card_for(repo: str, card: str) -> str:
     return re.sub(r'from_pretrained\("path/to/[^"]*"', f'from_pretrained("{repo}"', card)
 
 
-def _memory(installed: dict, kept_window: int | None) -> str:
-    kept = {layer: heads for layer, heads in installed["kept_heads"].items() if heads}
+def _metadata(base: str | None, license: str | None) -> dict[str, Any]:
+    metadata = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": license or "other",
+        "tags": ["linearize", "linear-attention"],
+    }
+    if base is not None:
+        metadata |= {"base_model": base, "base_model_relation": "finetune"}
+    return metadata
+
+
+def _card(name: str, metadata: dict[str, Any], memory: str, sections: str) -> str:
+    return CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        name=name,
+        base=metadata.get("base_model", "A model"),
+        memory=memory,
+        sections=sections,
+    )
+
+
+def _memory(kept_heads: dict, kept_window: int | None) -> str:
+    kept = {layer: heads for layer, heads in kept_heads.items() if heads}
     if not kept:
         return "memory per generated token is constant, prefill is linear in length."
     names = "; ".join(f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in kept.items())

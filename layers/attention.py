@@ -18,8 +18,9 @@ class LinearAttention(nn.Module):
     """Replaces softmax(QK^T)V in one attention module; projections stay where they are.
 
     Parameters are fp32 masters whatever the model's dtype. H query heads share H_kv key heads, and the state is per
-    key head. Key heads may be kept, with all the query heads of their group: they stay softmax, have no parameters
-    here, and a cache remembers all of their tokens.
+    key head (where each query head has a map of the keys, these are repeated: H_kv = H). Key heads may be kept, with
+    all the query heads of their group: they stay softmax, have no parameters here, and a cache remembers all of their
+    tokens.
 
     Args:
         heads, kv_heads, head_dim: of the attention module.
@@ -27,6 +28,7 @@ class LinearAttention(nn.Module):
 
     Attributes:
         heads, kv_heads: those that are linear.
+        groups: query heads per key head of the attention module.
         backend: name of a kernel backend, or "auto".
         branches: which of `BRANCHES` take part; evaluation switches them off one by one.
     """
@@ -36,7 +38,11 @@ class LinearAttention(nn.Module):
     ):
         super().__init__()
         self.config, self.kept = config, kept
-        heads, kv_heads = heads - len(kept) * (heads // kv_heads), kv_heads - len(kept)
+        self.groups = heads // kv_heads
+        heads, kv_heads = heads - len(kept) * self.groups, kv_heads - len(kept)
+        self.repeats = config.key_maps == "query_head" and self.groups > 1
+        if self.repeats:
+            kv_heads = heads
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.backend = "auto"
         self.branches = BRANCHES
@@ -194,6 +200,8 @@ class LinearAttention(nn.Module):
 
     def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
+        if self.repeats:
+            k, v, raw_k = (x if x is None else x.repeat_interleave(self.groups, dim=1) for x in (k, v, raw_k))
         keys = {"k": k, "v": v} if raw_k is None else {"k": k, "v": v, "raw": raw_k}
         # Steps may begin with nothing, in a cache that is ready for them.
         ready = cache is not None and (cache.seen or cache.far is not None or cache.memory.reserved)

@@ -24,7 +24,11 @@ class LinearAttentionConfig:
         sink_distance: queries further on than this see the sinks as if from this position (StreamingLLM's positions
             within the cache), so no rotation is ever larger than trained ones; needs documents that start at
             position 0. None: from their true position.
+        local: the weights of near keys: `softmax`, or `relu2`, the squared relu of the cosine of q and k, neither
+            scaled nor divided by their sum (Linearized-LLM's code); it goes with `combine: sum`.
         feature_map: phi of the far branch, or None for no far branch.
+        key_maps: whether keys have a feature map for each `key_head`, or for each `query_head` (LoLCATs), which then
+            has a state and recent keys of its own: with G query heads per key head, G times the memory.
         feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes `feature_expansion` times the
             map's own default.
         state: the rule by which far keys enter the state: `additive`; `decay`, where what is there fades with every
@@ -49,7 +53,9 @@ class LinearAttentionConfig:
     window_size: int = 64
     sinks: int = 4
     sink_distance: int | None = None
+    local: Literal["softmax", "relu2"] = "softmax"
     feature_map: FeatureMapName | None = "hedgehog"
+    key_maps: Literal["key_head", "query_head"] = "key_head"
     feature_dim: int | None = None
     feature_expansion: int = 1
     state: Literal["additive", "decay", "delta"] = "additive"
@@ -85,6 +91,8 @@ class LinearAttentionConfig:
                 "state: the far mass of the delta rule may be 0, so it cannot be the denominator alone; "
                 "use combine: shared with a window, or combine: sum with norm: none or rms"
             )
+        if self.local == "relu2" and self.combine == "shared":
+            raise ValueError("local: relu2 has no denominator that far keys could share; use combine: sum")
         if self.window is not None and self.sinks > self.window_size:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
 
@@ -120,6 +128,10 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     # Linearized-LLM as its text describes it (arXiv 2406.07368, section 4).
     "augmented-icml": LinearAttentionConfig(
         window="block", sinks=0, feature_map="elu1", rope="after", combine="sum", norm="sum"
+    ),
+    # What its code does: cosines all through, and no denominators.
+    "augmented-relu2": LinearAttentionConfig(
+        window="block", sinks=0, local="relu2", feature_map="l2", rope="after", combine="sum", norm="none"
     ),
     # LoLCATs (arXiv 2410.10254): window of the own and the previous 64-token block, gate, no convolution.
     "lolcats": LinearAttentionConfig(

@@ -1,7 +1,8 @@
 """Feature maps phi: [B, H, T, D] -> [B, H, T, F], one set of weights per head where the map is learned.
 
-Queries and keys have a map each (`heads` is H for queries, H_kv for keys, so the state is per KV head); maps with
-random projections draw the same projection for both, from a fixed seed, since phi(q).phi(k) needs it.
+Queries and keys have a map each (`heads` is H for queries, H_kv for keys, so the state is per KV head, unless
+`config.key_maps` says otherwise); maps with random projections draw the same projection for both, from a fixed seed,
+since phi(q).phi(k) needs it.
 """
 
 import math

@@ -159,6 +159,7 @@ def test_sizes(name, heads, kv_heads, dim, dtype):
         ({"feature_map": "relu"}, "feature_map relu"),
         ({"state": "decay"}, "additive states"),
         ({"norm": "count"}, "norm count"),
+        ({"local": "relu2"}, "near keys are weighted by relu2"),
         ({"rope": "before"}, "after the rotary embedding"),
         ({"window_size": 48}, "chunks of 96 tokens"),
         ({"feature_map": "hedgehog", "feature_dim": 66}, "features are larger than 64"),

@@ -99,6 +99,7 @@ def test_sum_starts_as_local_softmax():
         ("sinks", {"window": None, "sinks": 1}),
         ("conv_taps", {"conv_taps": -1}),
         ("slack", {"slack": -1}),
+        ("local", {"local": "relu2"}),
         ("feature_map", {"window": None, "sinks": 0, "feature_map": None}),
     ],
 )

@@ -177,13 +177,13 @@ def test_override_mends_a_mistake_in_the_file(recipe):
         ("attention:\n  window: null\n", "7: attention.sinks: 4 sinks need a window; set window or sinks: 0"),
         (
             "attention: {preset: augmentd}\n",
-            "7: attention.preset: expected 'augmented', 'augmented-icml', 'lolcats', 'hedgehog', 't2r' or 'swa', "
-            "got 'augmentd'",
+            "7: attention.preset: expected 'augmented', 'augmented-icml', 'augmented-relu2', 'lolcats', 'hedgehog', "
+            "'t2r' or 'swa', got 'augmentd'",
         ),
         (
             "attention: {preset: [swa]}\n",
-            "7: attention.preset: expected 'augmented', 'augmented-icml', 'lolcats', 'hedgehog', 't2r' or 'swa', "
-            "got a list",
+            "7: attention.preset: expected 'augmented', 'augmented-icml', 'augmented-relu2', 'lolcats', 'hedgehog', "
+            "'t2r' or 'swa', got a list",
         ),
         ("attention: 3\n", "7: attention: expected a section with fields, got 3"),
         ("transfr: {steps: 1}\n", "7: transfr: unknown field, did you mean transfer?"),

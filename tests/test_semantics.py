@@ -69,13 +69,18 @@ def naive(layer, x):
     """[B, H, T, D_v] by loops over rows, heads, queries and keys."""
     config, weights = layer.config, layer.weights(torch.device("cpu"))
     has_far = config.feature_map is not None
-    q, k, v, sink_q = (y.numpy() for y in (x.q, x.k, x.v, x.sink_q))
+    q, sink_q = x.q.numpy(), x.sink_q.numpy()
+    k, v, raw_k = x.k, x.v, x.raw_k
+    if config.key_maps == "query_head":
+        k, v, raw_k = (y.repeat_interleave(HEADS // KV_HEADS, dim=1) for y in (k, v, raw_k))
+    k, v = k.numpy(), v.numpy()
+    kv_heads = k.shape[1]
     batch, length = x.shape
     if has_far:
-        phi_q, phi_k = layer.phi_q(x.raw_q).numpy(), layer.phi_k(x.raw_k).numpy()
-        fade, beta = np.ones((batch, KV_HEADS, length)), None
+        phi_q, phi_k = layer.phi_q(x.raw_q).numpy(), layer.phi_k(raw_k).numpy()
+        fade, beta = np.ones((batch, kv_heads, length)), None
         if config.state != "additive":
-            gates = layer.gates(x.raw_k)
+            gates = layer.gates(raw_k)
             fade = gates.log_decay.exp().numpy()
         if config.state == "delta":
             beta = gates.beta.numpy()
@@ -85,7 +90,7 @@ def naive(layer, x):
     for row in range(batch):
         place = documents_and_positions(segments[row])
         for head in range(HEADS):
-            kv_head = head // (HEADS // KV_HEADS)
+            kv_head = head // (HEADS // kv_heads)
             g, lam = weights.near[head].item(), weights.far[head].item()
             left = {}  # what each key leaves in the state
             for i in range(length):
@@ -107,10 +112,18 @@ def naive(layer, x):
                 scores = {}
                 for j in near:
                     as_sink = config.sink_distance is not None and place[j][1] < config.sinks
-                    scores[j] = SCALE * ((sink_q if as_sink else q)[row, head, i] @ k[row, kv_head, j])
+                    query, key = (sink_q if as_sink else q)[row, head, i], k[row, kv_head, j]
+                    if config.local == "relu2":
+                        scores[j] = query @ key / np.linalg.norm(query) / np.linalg.norm(key)
+                    else:
+                        scores[j] = SCALE * query @ key
                 m = max(scores.values(), default=0.0)
-                a = {j: exp(score - m) for j, score in scores.items()}
-                local, local_mass = sum(w * v[row, kv_head, j] for j, w in a.items()), sum(a.values())
+                if config.local == "relu2":
+                    a, local_mass = {j: max(score, 0) ** 2 for j, score in scores.items()}, 1
+                else:
+                    a = {j: exp(score - m) for j, score in scores.items()}
+                    local_mass = sum(a.values())
+                local = sum(w * v[row, kv_head, j] for j, w in a.items())
                 remembered, mass = np.zeros(VALUE_DIM), 0.0
                 if has_far:
                     left[i] = np.append(v[row, kv_head, i], 1.0)
@@ -176,6 +189,25 @@ def test_reference_without_far_branch_is_the_formula():
     assert error(run(layer, x), naive(layer, x), x.valid) < 1e-10
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_a_map_of_the_keys_per_query_head_is_the_formula(state):
+    config = LinearAttentionConfig(
+        window="terrace", window_size=5, sinks=0, key_maps="query_head", state=state, conv_taps=3
+    )
+    layer = make_layer(config, backend="reference")
+    assert len(layer.phi_k.weight) == HEADS
+    x = Sequence.random(2, 22, segments=PADDED_AND_PACKED)
+    assert error(run(layer, x), naive(layer, x), x.valid) < 1e-10
+
+
+@pytest.mark.parametrize("combine", COMBINES[2:], ids=lambda combine: combine["norm"])
+def test_squared_relu_of_cosines_is_the_formula(combine):
+    config = LinearAttentionConfig(window="block", window_size=5, sinks=2, sink_distance=6, local="relu2", **combine)
+    layer = make_layer(config, backend="reference")
+    x = Sequence.random(2, 22, segments=PADDED_AND_PACKED)
+    assert error(run(layer, x), naive(layer, x), x.valid) < 1e-10
+
+
 def test_large_scores_do_not_overflow():
     layer = make_layer(LinearAttentionConfig(window_size=8, sinks=2, conv_taps=0), dtype=torch.float32)
     x = Sequence.random(1, 100, dtype=torch.float32)
@@ -198,7 +230,9 @@ def draw_config(draw, window, feature_maps, norms=("sum", "count", "rms", "none"
         window_size=window_size,
         sinks=0 if window is None else draw(st.integers(0, window_size)),
         sink_distance=draw(st.sampled_from([None, 20])),
+        local=draw(st.sampled_from(["softmax", "softmax", "relu2"])) if combine == "sum" else "softmax",
         feature_map=draw(st.sampled_from([*feature_maps, *none])),
+        key_maps=draw(st.sampled_from(["key_head", "key_head", "query_head"])),
         state=draw(st.sampled_from(states)),
         combine=combine,
         norm=norm,

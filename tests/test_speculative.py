@@ -27,7 +27,9 @@ BUSHY = DraftTree.of([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [1, 0, 2
 SMALL = {
     "augmented": replace(PRESETS["augmented"], window_size=5, sinks=2, conv_taps=3, slack=6, sink_distance=9),
     "augmented-icml": replace(PRESETS["augmented-icml"], window_size=4, conv_taps=3, slack=6),
+    "augmented-relu2": replace(PRESETS["augmented-relu2"], window_size=4, conv_taps=3, slack=6),
     "lolcats": replace(PRESETS["lolcats"], window_size=3, slack=6),
+    "published lolcats": replace(PRESETS["lolcats"], window_size=3, slack=6, key_maps="query_head"),
     "hedgehog": replace(PRESETS["hedgehog"], slack=6),
     "swa": replace(PRESETS["swa"], window_size=6, sinks=2, slack=6, sink_distance=9),
 }

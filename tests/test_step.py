@@ -24,8 +24,10 @@ CONFIGS = {
 TOLERANCES = {torch.float32: 1e-5} | ({torch.bfloat16: 1e-2} if DEVICE == "cuda" else {})
 
 
-# Many rows go through other products than few, and wide heads are spread over programs.
+# Many rows go through other products than few, and wide heads are spread over programs. With as many key heads as query
+# heads is how a layer comes here whose keys have a map per query head.
 CASES = [*((name, 2, 2, 16) for name in CONFIGS), ("augmented", 8, 1, 16), ("augmented", 2, 1, 64)]
+CASES += [("lolcats", 2, 4, 16)]
 
 
 def random_layers(config, heads, kv_heads, dim, normal):

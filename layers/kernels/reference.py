@@ -5,6 +5,7 @@
     c_i  = sum_l w[l] v_{i-l}         over visible keys at distance l < K
     shared:  o = (g sum a v + lam sum b v) / (g sum a + lam sum b) + c
     sum:     o = g sum a v / sum a + lam sum b v / norm + c
+    relu2:   o = g sum a v + lam sum b v / norm + c   with a_ij = relu(cos(q_i, k_j))^2
 
 v far away is u of `memory`: the state's rule decides what a key leaves there. What is visible is the caller's
 business, so one function serves full sequences, packed documents, decoding with carried state, draft trees, and each
@@ -14,7 +15,7 @@ tile of the chunked backend.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import LinearAttentionConfig
 from ..tokens import near
@@ -92,18 +93,25 @@ def attend(
     is_near = near(config, q_position, k_position) & visible
     g, lam = (weight.to(dtype)[:, None, None] for weight in (weights.near, weights.far))
 
-    k = k.to(dtype)
-    scores = contract(q.to(dtype) * scale, k.mT)
+    q, k, sink_q = (x if x is None else x.to(dtype) for x in (q, k, sink_q))
+    if config.local == "relu2":
+        q, k, sink_q = (x if x is None else nn.functional.normalize(x, dim=-1) for x in (q, k, sink_q))
+        scale = 1.0
+    scores = contract(q * scale, k.mT)
     if sink_q is not None:
         is_sink = (k_position < config.sinks)[:, None, None]
-        scores = torch.where(is_sink, contract(sink_q.to(dtype) * scale, k.mT), scores)
+        scores = torch.where(is_sink, contract(sink_q * scale, k.mT), scores)
     scores = scores.masked_fill(~is_near[:, None], -torch.inf)
-    m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-    if config.combine == "shared":
-        # g a = exp(scores - m + log g), at no cost per key.
-        m = m - g.log()
-    a = (scores - m).exp()
-    a_sum = a.sum(-1, keepdim=True)
+    if config.local == "relu2":
+        a = scores.relu().square()
+        a_sum = torch.ones_like(a[..., :1])
+    else:
+        m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        if config.combine == "shared":
+            # g a = exp(scores - m + log g), at no cost per key.
+            m = m - g.log()
+        a = (scores - m).exp()
+        a_sum = a.sum(-1, keepdim=True)
 
     b_v, b_sum = 0.0, 0.0
     if phi_q is not None:

@@ -80,6 +80,8 @@ def refused(problem) -> str | None:
     """Why no fused layer takes `problem`, or None."""
     if problem.q_features is None:
         return "there is no far branch"
+    if problem.config.local != "softmax":
+        return f"near keys are weighted by {problem.config.local}"
     if problem.ancestors is not None or problem.q.shape[2] < 2:
         return "draft trees and single tokens are small"
     if problem.v.dtype not in DTYPES:

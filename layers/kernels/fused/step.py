@@ -34,6 +34,8 @@ def refuses(layer, cache, nodes: int = 1) -> str | None:
     config = layer.config
     if not layer.features:
         return "there is no far branch"
+    if config.local != "softmax":
+        return f"near keys are weighted by {config.local}"
     if config.feature_map not in MAPS or config.state == "decay":
         return f"only additive states and the delta rule, of {', '.join(MAPS)}"
     if config.state == "delta" and config.window != "sliding":
