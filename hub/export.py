@@ -15,7 +15,7 @@ import linearize.layers
 from linearize import __version__
 from linearize.hub.saved import check_saved
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.speculative import HEADS_FILE
+from linearize.layers.speculative import GENERATE_FILE, HEADS_FILE
 
 MODULE = "modeling_linearized"
 PREFIX = "linearize_"
@@ -23,6 +23,7 @@ ORIGIN = "# Copied from linearize {version}, layers/{path}.\n"
 
 TEMPLATE = '''"""{base} with augmented linear attention."""
 
+import transformers
 from transformers import {config}, {base}
 
 from .{prefix}kernels import BACKENDS, triton_kernels
@@ -46,6 +47,10 @@ class Linearized{config}({config}):
 
 class Linearized{base}(LinearizedMixin, {base}):
     config_class = Linearized{config}
+
+
+# `transformers serve` looks for a configuration's architecture there, and nowhere else.
+transformers.Linearized{base} = Linearized{base}
 '''
 
 # transformers puts this in the place of a loaded model's `generate`, whether asked for or not.
@@ -110,8 +115,9 @@ def export_model(
             "sequential": heads.sequential,
             **trees,
         }
-        (directory / "custom_generate").mkdir(exist_ok=True)
-        (directory / "custom_generate" / "generate.py").write_text(GENERATE, "utf-8")
+        generate = directory / GENERATE_FILE
+        generate.parent.mkdir(exist_ok=True)
+        generate.write_text(GENERATE, "utf-8")
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     for name, text in remote_code(base.__name__, config_class, model_type).items():

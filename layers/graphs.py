@@ -63,6 +63,12 @@ def parts(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def works_on(module: nn.Module) -> torch.device:
+    """Where a module works: weights that accelerate brings for each call are on "meta" in between."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
+
+
 def survey(model) -> tuple[str | None, tuple[int, ...]]:
     """Why no step of a model can be captured as it is now, or None; where its weights are in memory, which is how
     graphs know them."""

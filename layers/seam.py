@@ -9,6 +9,7 @@ so that q and k arrive un-rotated; the rotation that the window needs is done he
 import inspect
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from .attention import LinearAttention
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
 from .decoding import Choice, decode, knows
-from .graphs import parts
+from .graphs import parts, works_on
 from .rotary import Watch, is_rotary, nothing, rotary_embeddings, rotated, rotates_pairs, skip_nothing, with_capped
-from .speculative import speculate
+from .speculative import carry_heads, speculate
 from .tokens import segments_from_cu_seqlens
 
 IMPLEMENTATION = "linearize"
@@ -146,6 +147,21 @@ class LinearizedMixin:
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
     speculate = staticmethod(speculate)
 
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        if is_main_process:
+            carry_heads(self, Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Raises:
+            NotImplementedError: always, as transformers' continuous batching keeps keys in pages.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has a state in place of pages of keys, which continuous batching needs: use "
+            "`generate`, which takes batches, or `transformers serve` without --continuous-batching"
+        )
+
     def _sample(
         self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
         **model_kwargs,
@@ -212,9 +228,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
     layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
     for index, module in modules.items():
-        # Weights that accelerate brings for each call are on "meta" in between.
-        hook = getattr(module, "_hf_hook", None)
-        device = next(module.parameters()).device if hook is None else hook.execution_device
+        device = works_on(module)
         if not hasattr(module, "linear_attention"):
             module.register_forward_pre_hook(_before_attention, with_kwargs=True)
             # Also when the module's own code fails half-way.
@@ -229,6 +243,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
     model.set_attn_implementation(IMPLEMENTATION)
 
 
+@torch.compiler.disable
 def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs: dict, output):
     distance = model.config.linear_attention["sink_distance"]
     if model.config._attn_implementation not in IMPLEMENTATIONS or distance is None:
@@ -236,6 +251,7 @@ def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs
     return with_capped(module, args, kwargs, output, distance)
 
 
+@torch.compiler.disable
 def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Stock forwards would make a softmax cache; a linearized model makes its own."""
     if model.config._attn_implementation != IMPLEMENTATION:
@@ -259,6 +275,7 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
     return args, kwargs
 
 
+@torch.compiler.disable
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if module.config._attn_implementation not in IMPLEMENTATIONS:
         return args, kwargs
@@ -289,6 +306,7 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, kwargs
 
 
+@torch.compiler.disable
 def _stop_watching(module: nn.Module, *_) -> None:
     linear = module.linear_attention
     if linear.watch is not None:
@@ -371,12 +389,14 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
     return out.transpose(1, 2)
 
 
+@torch.compiler.disable
 def linear_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function: [B, H, T, D], [B, H_kv, T, D] x 2 -> ([B, T, H, D_v], None)."""
     inputs = take_inputs(module, query, key, attention_mask, kwargs)
     return attend(module, inputs, value, scaling).contiguous(), None
 
 
+@torch.compiler.disable
 def segments_mask(batch_size, q_length, kv_length, mask_function, attention_mask=None, device=None, **kwargs):
     """The mask function: segments [B, T] of the new tokens (see `tokens`), or None if they need none.
 

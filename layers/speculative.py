@@ -1,16 +1,21 @@
 """Speculative decoding with Medusa heads, for transformers' `generate(custom_generate=model.speculate)`: what plain
 decoding returns, in fewer forward passes (see `decoding`)."""
 
+import shutil
+from pathlib import Path
+
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .cache import LinearCacheLayer
 from .decoding import Choice, decode, unsupported
 from .draft import COPIED, DraftTree
+from .graphs import works_on
 from .medusa import MedusaHeads
 
 HEADS_FILE = "medusa_heads.safetensors"
+GENERATE_FILE = "custom_generate/generate.py"
 
 
 def attach_heads(model, heads: MedusaHeads, trees: dict[int, DraftTree]) -> None:
@@ -47,10 +52,25 @@ def load_heads(model) -> None:
     if found is None:
         raise ValueError("the model has no draft heads; convert it with a medusa section, or decode as usual")
     sequential = found.get("sequential", False)
-    heads = MedusaHeads(model.get_output_embeddings(), found["heads"], found["projection"], sequential)
-    heads.load_state_dict(load_file(cached_file(model.config.name_or_path, HEADS_FILE)))
+    output = model.get_output_embeddings()
+    # Its shapes alone: where accelerate brings weights for each call, there is nothing else to copy.
+    like = nn.Linear(output.in_features, output.out_features, bias=output.bias is not None, device="meta")
+    heads = MedusaHeads(like, found["heads"], found["projection"], sequential)
+    heads.load_state_dict(load_file(cached_file(model.config.name_or_path, HEADS_FILE)), assign=True)
     nodes = found.get("nodes") or {"1": len(found["tree"]) + 1}
     attach_heads(model, heads, {int(rows): DraftTree.of(found["tree"][: n - 1]) for rows, n in nodes.items()})
+
+
+def carry_heads(model, directory: Path) -> None:
+    """Copy what speculative decoding needs from where a model came from to where it is saved, as transformers does
+    with code; nothing where it came without heads."""
+    if getattr(model.config, "medusa", None) is None:
+        return
+    for name in (HEADS_FILE, GENERATE_FILE):
+        source, target = Path(cached_file(model.config.name_or_path, name)), directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
 
 
 def speculate(
@@ -92,8 +112,8 @@ def speculate(
     heads, trees = model.__dict__["draft"]
     tree = trees[max(rows for rows in trees if rows <= len(input_ids))]
     # Where the model is now.
-    weight = model.get_output_embeddings().weight
-    draft = heads.to(weight.device, weight.dtype), tree
+    output = model.get_output_embeddings()
+    draft = heads.to(works_on(output), output.weight.dtype), tree
     choose = Choice(logits_processor, generation_config.do_sample, typical_acceptance)
     if token_streamer is not None:
         # As `generate` does before loops of its own.

@@ -68,6 +68,14 @@ def tiny_model(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def exported(tiny_model, tmp_path_factory) -> Path:
+    """An exported directory of the tiny model, which nobody has trained: see `exports.export_tiny`."""
+    from .exports import export_tiny
+
+    return export_tiny(tiny_model, tmp_path_factory.mktemp("exported") / "model")
+
+
 @dataclass
 class Result:
     """What a run of the command line came to."""
