@@ -60,6 +60,8 @@ def _tables(results: dict) -> Iterator[RenderableType]:
     for size in everything.get("recall", {}):
         title = f"values recalled from {size} pairs, by distance in tokens"
         yield _measure(results, "recall", size, title, lambda it: _shares(it["accuracy"], it["by_distance"]))
+    for size in everything.get("speed", {}):
+        yield _measure(results, "speed", size, f"one sequence after {size} tokens", _speed)
     for share in everything.get("far_mass", {}).values():
         heads = [
             (value, f"{layer}.{head}")
@@ -69,6 +71,14 @@ def _tables(results: dict) -> Iterator[RenderableType]:
         ]
         top = ", ".join(f"{name} {value:.1%}" for value, name in nlargest(TOP_HEADS, heads))
         yield f"attention beyond the window: {share['mean']:.1%} on average; most in (layer.head) {top}"
+
+
+def _speed(measured: dict) -> dict[str, str]:
+    return {
+        "prefill": f"{measured['prefill_seconds']:.3g} s",
+        "per token": f"{measured['decode_seconds'] * 1e3:.3g} ms",
+        "cache": f"{measured['cache_bytes'] / 2**20:.1f} MiB",
+    }
 
 
 def _table(results: dict, title: str, cells: Callable[[dict], dict[str, str]]) -> Table:
