@@ -218,7 +218,7 @@ def make_measures(
             add("speed", length, partial(speed, ids=context), RUNS, length + DECODED)
     far_text = stream[: max(section.lengths)][: max(FAR_TEXT, 2 * config.reach)]
     if divides_mass(config) and len(far_text) > config.reach + config.sinks + 1:
-        add("far_mass", len(far_text), partial(far_mass, ids=far_text), 1, len(far_text))
+        add("far_mass", len(far_text), partial(far_mass, ids=far_text, config=config), 1, len(far_text))
     return measures
 
 

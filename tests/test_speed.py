@@ -74,7 +74,7 @@ def test_adapters_are_merged_and_come_back_as_they_were(model):
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
-def test_the_stage_and_the_command_line_measure_the_teacher_and_the_final_model(linearize, recipe, tiny_model, tmp_path):
+def test_the_teacher_and_the_final_model_are_timed(linearize, recipe, tiny_model, tmp_path):
     evaluate = {"tokens": 128, "lengths": [64], "copying": None, "speed": [32, 300]}
     result = linearize("convert", recipe(transfer=None, medusa=None, export=None, evaluate=evaluate))
     assert result.code == 0, result.stderr

@@ -85,8 +85,9 @@ def test_a_run_is_the_same_and_goes_on_after_an_interruption(
         linearize("convert", path, *changes)
     monkeypatch.setattr(AttentionTransfer, "loss", loss)
     converted(linearize, path, *changes, "--resume")
-    # Steps 0 to 2, and, after the checkpoint, 2 to 5: each once through the blocks, all micro batches together.
-    assert passes == ([4] * 7 if place == "blocks" else [])
+    # Steps 0 to 2, and, after the checkpoint, 2 to 5: each once through the blocks, all micro batches together;
+    # and the held-out text.
+    assert passes == ([4] * 8 if place == "blocks" else [])
     assert little_memory[-1] == ({"cpu", "disk"} if place == "spread" else set())
     runs = [state(tmp_path / name, "transfer")["metrics"] for name in ("replicated", place)]
     # Gradients of a step are summed up in another order if it has more micro batches.
