@@ -29,7 +29,7 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "data.train", "seed"),
     "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
     "evaluate": ("evaluate", "data.heldout"),
-    "export": ("export", "name", "model.license", "model.base_model"),
+    "export": ("export", "name", "model.license", "model.license_link", "model.base_model"),
 }
 STAGES = tuple(STAGE_INPUTS)
 STATE = "state.json"

@@ -15,12 +15,10 @@ from rich.console import Console
 from linearize.convert.context import STAGES, StageError, read_state, write_atomically
 from linearize.convert.pipeline import RESOLVED
 from linearize.convert.plan import PLAN, Plan, count_text, load_plan, memory_by_context, size_text
-from linearize.hub.figures import COLOURS, FIGURES, describe, draw, svg
-from linearize.hub.measured import columns, converted, ratio, reference, rows
+from linearize.hub.figures import COLOURS, describe, drawings, svg
+from linearize.hub.measured import chosen_tree, columns, converted, ratio, reference, rows
 
 REPORT = "report.html"
-# What drawing figures ends in that are not as a stage writes them.
-FIGURE_ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 # Of which the page's first lines tell how much memory it takes.
 LONG_CONTEXT = 32768
 # Section of the page -> its title and the figures that belong to it.
@@ -65,7 +63,7 @@ class Run:
         """
         recipe = directory / RESOLVED
         if not recipe.is_file():
-            raise StageError(f"{directory}: holds no run of linearize; name the directory that linearize convert printed")
+            raise StageError(f"{directory}: holds no run; name the directory that linearize convert printed")
         states = {stage: read_state(directory / stage) for stage in STAGES}
         return cls(directory, recipe.read_text("utf-8"), {stage: it for stage, it in states.items() if it is not None})
 
@@ -95,24 +93,13 @@ def write_report(directory: Path, console: Console, out: Path | None = None) -> 
         StageError: there is no run, or a file of it is damaged.
     """
     run, path = Run.read(directory), out or directory / REPORT
-    plots = _plots(run.metrics)
-    for name, plot in plots.items():
-        if plot.problem:
-            console.print(f"{path}: figure {name} is missing: {plot.problem}", markup=False, highlight=False)
+    figures, problems = drawings(run.metrics)
+    for name, problem in problems.items():
+        console.print(f"{path}: figure {name} is missing: {problem}", markup=False, highlight=False)
+    plots = {name: Plot(Markup(svg(figure, name)), describe(figure)) for name, figure in figures.items()}
+    plots |= {name: Plot(Markup(), "", problem) for name, problem in problems.items()}
     write_atomically(path, page(run, plots))
     return path
-
-
-def _plots(metrics: dict) -> dict[str, Plot]:
-    plots = {}
-    for name in FIGURES:
-        try:
-            figure = draw(name, metrics)
-            if figure is not None:
-                plots[name] = Plot(Markup(svg(figure, name)), describe(figure))
-        except FIGURE_ERRORS as error:
-            plots[name] = Plot(Markup(), "", f"{type(error).__name__}: {error}")
-    return plots
 
 
 def page(run: Run, plots: dict[str, Plot]) -> str:
@@ -177,8 +164,7 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
         _, softmax, held = next(row for row in memory_by_context(run.plan) if row[0] == LONG_CONTEXT)
         yield f"{softmax / held:.1f} ×", f"less memory than the KV cache of {LONG_CONTEXT} tokens"
     if medusa := run.metrics.get("medusa"):
-        chosen = next(it for it in medusa["tree_sizes"] if it["sequences"] == 1 and it["nodes"] == medusa["nodes"]["1"])
-        yield f"{chosen['tokens']:.2f}", "tokens expected per step of speculative decoding, one sequence at a time"
+        yield f"{chosen_tree(medusa)['tokens']:.2f}", "tokens expected per step of speculation, one sequence at a time"
 
 
 def _commands(run: Run) -> dict[str, str]:

@@ -276,7 +276,8 @@ def memory(metrics: dict) -> Figure | None:
 def _by_context(metrics: dict, panels: dict[str, tuple[str, float, str]]) -> Figure | None:
     """Axes for each figure of measure speed: name -> (title, factor, unit)."""
     sizes = _sizes(metrics, "speed", dict)
-    panels = {name: panel for name, panel in panels.items() if any(name in it for by in sizes.values() for it in by.values())}
+    measured = {name for models in sizes.values() for figures in models.values() for name in figures}
+    panels = {name: panel for name, panel in panels.items() if name in measured}
     if not panels:
         return None
     looks = _styles(metrics["evaluate"])
@@ -364,10 +365,23 @@ FIGURES: dict[str, Callable[[dict], Figure | None]] = {
 }  # fmt: skip
 
 
-def draw(name: str, metrics: dict) -> Figure | None:
-    """The figure of that name in the style of all of them."""
-    with matplotlib.rc_context(STYLE):
-        return FIGURES[name](metrics)
+# What drawing metrics ends in that are not as a stage writes them.
+ERRORS = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
+
+def drawings(metrics: dict, names: Iterable[str] = tuple(FIGURES)) -> tuple[dict[str, Figure], dict[str, str]]:
+    """The figures of these names of what was measured, and why others could not be drawn."""
+    figures, problems = {}, {}
+    for name in names:
+        try:
+            with matplotlib.rc_context(STYLE):
+                figure = FIGURES[name](metrics)
+        except ERRORS as error:
+            problems[name] = f"{type(error).__name__}: {error}"
+        else:
+            if figure is not None:
+                figures[name] = figure
+    return figures, problems
 
 
 def png(figure: Figure) -> bytes:

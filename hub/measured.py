@@ -84,3 +84,9 @@ def measured_with(results: dict, measure: str, figure: Callable[[dict], dict]) -
             if taken := figure(values):
                 found.setdefault(size, {})[name] = taken
     return found
+
+
+def chosen_tree(medusa: dict) -> dict:
+    """Of `tree_sizes`, the one that was chosen for one sequence at a time."""
+    nodes = len(medusa["tree"]) + 1
+    return next(size for size in medusa["tree_sizes"] if size["nodes"] == nodes)

@@ -74,7 +74,7 @@ def full_metrics() -> dict:
             "loss": [9.5, 9.4],
             "head_accuracy": [{"top1": 0.4, "top5": 0.6, "ranks": []}, {"top1": 0.2, "top5": 0.3, "ranks": []}],
             "copy_accuracy": [0.3, 0.25, 0.2],
-            "tree": [[0], [0, 10], [10], [0, 10, 10], [1], [10, 0]],
+            "tree": [[0], [0, 10], [10]],
             "nodes": {"1": 4},
             "tree_sizes": [
                 {"sequences": 1, "nodes": 1, "tokens": 1.0, "ms": 3.5},
