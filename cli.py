@@ -359,6 +359,7 @@ def evaluate(
     copying: Annotated[int, typer.Option(min=0, help="Tokens of a text said again; 0: none.")] = 512,
     passkey: Annotated[list[int] | None, typer.Option(min=1, help="Tokens around a pass key; likewise.")] = None,
     recall: Annotated[list[int] | None, typer.Option(min=1, help="Number of key: value pairs; likewise.")] = None,
+    speed: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of context to be timed after.")] = None,
     json: Json = False,
 ):
     """Measure a model on held-out data, a linearized one also without each branch; see evaluate in a recipe."""
@@ -378,6 +379,7 @@ def evaluate(
             copying={"length": copying} if copying else None,
             passkey=passkey or [],
             recall=recall or [],
+            speed=speed or [],
         )
     except ValidationError as error:
         raise BadInput(f"--{error.errors()[0]['ctx']['error']}") from None

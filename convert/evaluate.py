@@ -8,7 +8,8 @@
 
     text        size: window length -> `measures.text`       copying     size: length of a text -> `measures.copying`
     passkey     size: length -> `measures.passkey`           recall      size: number of pairs -> `measures.recall`
-    far_mass    size: length of the text -> `far_mass.far_mass`, of the final model where its heads divide their mass
+    speed       size: length of the context -> `speed.speed`, of the teacher and the final model
+    far_mass    size: length of the text -> `far_mass.far_mass`, of the same where linear heads divide their mass
 
 The file is written after every measurement, and an interrupted stage goes on behind the last one. Models between the
 first and the last are measured on `text` of the first length alone, ablations on `text` and `copying`.
@@ -127,10 +128,10 @@ def baselines(own: LinearAttentionConfig) -> dict[str, LinearAttentionConfig]:
 
 def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     recipe = context.recipe
-    everything = [measure for measure in measures if measure.name != "far_mass"]
+    everything = [measure for measure in measures if measure.name not in ("far_mass", "speed")]
     schedule = {}
     if recipe.evaluate.baselines:
-        schedule["models", TEACHER] = everything
+        schedule["models", TEACHER] = measures
     if recipe.evaluate.tuned_teacher:
         schedule["models", TUNED_TEACHER] = everything
     if recipe.evaluate.baselines:

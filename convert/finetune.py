@@ -26,7 +26,7 @@ class NextTokenAndDistillation:
     is_local = False
 
     def __init__(self, section: FinetuneSection):
-        self.section, self.calls_backward = section, section.chunk is not None
+        self.section, self.calls_backward, self.parts = section, section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
@@ -99,7 +99,8 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
-    return model, train(context, stage, model, NextTokenAndDistillation(section), section, learning_rates)
+    steps = train(context, stage, model, NextTokenAndDistillation(section), section, learning_rates)
+    return model, [step["loss"] for step in steps]
 
 
 def run(context: Context) -> Artifact:

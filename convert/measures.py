@@ -1,6 +1,6 @@
 """What is measured on a model, softmax or linear, short and long; every measure is a function from model to figures.
 
-All of them come from `score`: how likely, and how clearly first choice, each token of some sequences is.
+What it knows comes from `score`: how likely, and how clearly first choice, each token of some sequences is.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from linearize.convert import probes
 from linearize.convert.far_mass import divides_mass, far_mass
 from linearize.convert.probes import Probe, doubling
+from linearize.convert.speed import DECODED, RUNS, speed
 from linearize.layers.config import LinearAttentionConfig
 from linearize.layers.seam import rotary_embeddings
 from linearize.recipes.evaluation import EvaluateSection
@@ -210,9 +211,14 @@ def make_measures(
         with _naming("recall"):
             lists = [probes.recall(tokenizer, words, pairs, seed) for seed in range(RECALL_TRIALS)]
             add("recall", pairs, partial(recall, asking=lists), RECALL_TRIALS, len(lists[0].ids))
+    for length in section.speed:
+        with _naming("speed"):
+            # Which tokens it reads makes no difference.
+            context = stream.repeat(-(-length // len(stream)))[:length]
+            add("speed", length, partial(speed, ids=context), RUNS, length + DECODED)
     far_text = stream[: max(section.lengths)][: max(FAR_TEXT, 2 * config.reach)]
     if divides_mass(config) and len(far_text) > config.reach + config.sinks + 1:
-        add("far_mass", len(far_text), partial(far_mass, ids=far_text), 1, len(far_text))
+        add("far_mass", len(far_text), partial(far_mass, ids=far_text, config=config), 1, len(far_text))
     return measures
 
 

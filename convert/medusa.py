@@ -76,7 +76,7 @@ class WeightedHeads:
     calls_backward = is_local = False
 
     def __init__(self, decay: float):
-        self.decay = decay
+        self.decay, self.parts = decay, {}
 
     def loss(self, model, batch, accumulation, step):
         loss = 0.0
@@ -181,13 +181,13 @@ def run(context: Context) -> Artifact:
         # All processes write these, too, which none can by itself once ZeRO-3 has given each a part of the model.
         heldout = [answer(*pair) for pair in zip(asked, own_texts(context, base, asked, "own_heldout"), strict=True)]
     model = MedusaModel(base, section)
-    losses = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
+    steps = train(context, "medusa", model, WeightedHeads(section.decay), section, documents=documents)
     if section.deepspeed:
         # Each process may have a part of it.
         del base
         model = None
     measured = processes.alone(measured_heads, context, model, heldout)
-    return Artifact(context.stage_directory("medusa"), {"loss": losses, **measured})
+    return Artifact(context.stage_directory("medusa"), {"loss": [step["loss"] for step in steps], **measured})
 
 
 def final_model(context: Context) -> nn.Module:

@@ -2,10 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -57,7 +59,7 @@ def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") 
     # There are none where the layers have no parameters.
     if (context.stage_directory("install") / WEIGHTS).is_file():
         load_weights(model, context.stage_directory("install"))
-    yield "install", model
+    yield "install", model.eval()
     for stage in ("transfer", "finetune"):
         section = getattr(context.recipe, stage)
         if STAGES.index(stage) > STAGES.index(last):
@@ -97,6 +99,22 @@ def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel
         r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters are merged into the weights; behind, all is to the bit what it was."""
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    before = [module.get_base_layer().weight.data for module in adapted]
+    for module in adapted:
+        # In copies of the weights.
+        module.merge(safe_merge=True)
+    try:
+        yield
+    finally:
+        for module, weight in zip(adapted, before, strict=True):
+            module.get_base_layer().weight.data = weight
+            module.merged_adapters.clear()
 
 
 def prepare_finetune(model: PreTrainedModel, section: FinetuneSection) -> nn.Module:

@@ -288,6 +288,9 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
                 f"{stage}.position_offset: {section.position_offset} and a length of {section.longest} are more than "
                 f"the {known} positions that the model knows"
             )
+    if recipe.transfer is not None:
+        # Any text will do for the heads' errors.
+        wanted.append(("heldout", 1))
     if recipe.medusa is not None:
         want("medusa.length", "heldout", recipe.medusa.length)
     for data in ("train", "heldout"):

@@ -90,6 +90,14 @@ def everyone(value: T) -> list[T]:
     return values
 
 
+def mean(x: torch.Tensor) -> torch.Tensor:
+    """Over all processes, each of which has a tensor of the same shape."""
+    if not distributed.is_initialized():
+        return x
+    distributed.all_reduce(x)
+    return x / count()
+
+
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Make the gradients of every process their mean over all processes, in one message."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -60,15 +60,30 @@ def _tables(results: dict) -> Iterator[RenderableType]:
     for size in everything.get("recall", {}):
         title = f"values recalled from {size} pairs, by distance in tokens"
         yield _measure(results, "recall", size, title, lambda it: _shares(it["accuracy"], it["by_distance"]))
-    for share in everything.get("far_mass", {}).values():
-        heads = [
-            (value, f"{layer}.{head}")
-            for layer, row in share["layers"].items()
-            for head, value in enumerate(row)
-            if value is not None
-        ]
-        top = ", ".join(f"{name} {value:.1%}" for value, name in nlargest(TOP_HEADS, heads))
-        yield f"attention beyond the window: {share['mean']:.1%} on average; most in (layer.head) {top}"
+    for size in everything.get("speed", {}):
+        yield _measure(results, "speed", size, f"one sequence after {size} tokens", _speed)
+    for name, figures in results["models"].items():
+        for share in figures.get("far_mass", {}).values():
+            yield f"attention beyond the window, {name}: {_far(share)}"
+
+
+def _far(share: dict) -> str:
+    heads = [
+        (value, f"{layer}.{head}")
+        for layer, row in share["layers"].items()
+        for head, value in enumerate(row)
+        if value is not None
+    ]
+    top = ", ".join(f"{name} {value:.1%}" for value, name in nlargest(TOP_HEADS, heads))
+    return f"{share['mean']:.1%} on average; most in (layer.head) {top}"
+
+
+def _speed(measured: dict) -> dict[str, str]:
+    return {
+        "prefill": f"{measured['prefill_seconds']:.3g} s",
+        "per token": f"{measured['decode_seconds'] * 1e3:.3g} ms",
+        "cache": f"{measured['cache_bytes'] / 2**20:.1f} MiB",
+    }
 
 
 def _table(results: dict, title: str, cells: Callable[[dict], dict[str, str]]) -> Table:

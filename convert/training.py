@@ -36,10 +36,13 @@ class Objective(Protocol):
     Attributes:
         calls_backward: `loss` has already called backward, with the loss divided by `accumulation`.
         is_local: linear attention layers learn, each for itself, from the model as it is used.
+        parts: name -> values [] of what the loss is made of, one per micro batch since they were taken away to be
+            logged.
     """
 
     calls_backward: bool
     is_local: bool
+    parts: dict[str, list[Tensor]]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], accumulation: int, step: int) -> Tensor:
         """Mean loss of a micro batch (`TrainingBatches`) of a step, counted from 0, over sequences, so that it does not
@@ -114,7 +117,18 @@ class StageTrainer(Trainer):
                 f"{self.stage}: the loss of step {self.state.global_step} is {logs['loss']}; use a smaller lr "
                 f"({self.args.learning_rate:g} now) or more warmup_steps"
             )
+        if "loss" in logs:
+            logs |= self._parts()
         super().log(logs, *arguments)
+
+    def _parts(self) -> dict[str, float]:
+        """The objective's, as means over the step in all processes."""
+        if not self.objective.parts:
+            return {}
+        means = torch.stack([torch.stack(values).mean() for values in self.objective.parts.values()])
+        named = dict(zip(self.objective.parts, processes.mean(means).tolist(), strict=True))
+        self.objective.parts.clear()
+        return named
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -162,7 +176,7 @@ def train(
     section: Training,
     learning_rates: dict[nn.Parameter, float] | None = None,
     documents: Sequence[Iterable[Tensor]] | None = None,
-) -> list[float]:
+) -> list[dict[str, float]]:
     """Train the parameters of `model` that require gradients, going on from the newest whole checkpoint, and write
     them to the stage's directory.
 
@@ -171,7 +185,7 @@ def train(
         documents: token ids of each source's, instead of the training data's.
 
     Returns:
-        The loss of every step, those before an interruption included.
+        What was logged of every step, those before an interruption included: `loss`, the objective's `parts`, ...
 
     Raises:
         StageError: nothing is trainable, the loss is no number, or a checkpoint of DeepSpeed's is of another number of
@@ -218,7 +232,7 @@ def train(
         finally:
             progress.stop()
         save_trainable(model, directory)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def _arguments(context: Context, directory: Path, objective: Objective, section: Training) -> TrainingArguments:

@@ -6,9 +6,12 @@ of one layer at a time, and every layer sees the teacher's inputs.
 """
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 from accelerate.utils import get_max_memory
@@ -20,14 +23,22 @@ from linearize.convert import processes, zero
 from linearize.convert.batches import draws, shared
 from linearize.convert.blocks import Blocks
 from linearize.convert.context import Artifact, Context
+from linearize.convert.data import token_stream
 from linearize.convert.models import LINEAR, model_after, softmax_model, train_only
 from linearize.convert.objectives import OBJECTIVES, Example, softmax_mask
+from linearize.convert.probes import windows
 from linearize.convert.training import train
 from linearize.layers.attention import BRANCHES
 from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, take_inputs
 from linearize.recipes.training import TransferSection
 
 IMPLEMENTATION = "linearize_transfer"
+# What is logged at each step, in front of a layer's index.
+LOSS_OF_LAYER = "loss_of_layer/"
+# A stage's metrics have the means over so many parts of it, whatever its length.
+SPANS = 200
+# Sequences of held-out text on which the heads' errors are measured.
+HELD_OUT = 4
 # Share of each device's free memory that `teacher: spread` fills; the rest is for what is trained, and activations.
 ROOM_FOR_WEIGHTS = 0.8
 
@@ -55,7 +66,7 @@ def softmax_attention(module: nn.Module, inputs: Inputs, value: Tensor, scaling:
 
 @dataclass
 class Task:
-    """What a layer does in one forward pass.
+    """A layer's part in a step: in each forward pass it leaves gradients in its parameters.
 
     Attributes:
         objectives: name -> weight.
@@ -69,22 +80,47 @@ class Task:
     accumulation: int = 1
     losses: list[Tensor] = field(default_factory=list)
 
+    def __call__(self, example: Example) -> None:
+        example = replace(example, branches=self.branches)
+        with torch.enable_grad():
+            loss = sum(weight * OBJECTIVES[name](example) for name, weight in self.objectives.items())
+            if loss.requires_grad:
+                (loss / self.accumulation).backward()
+        self.losses.append(loss.detach())
+
+
+@dataclass
+class HeadErrors:
+    """What a layer that has learned is asked for instead.
+
+    Attributes:
+        error, scale: [H], sums over all forward passes of |output - target|^2 and |target|^2 of each query head.
+    """
+
+    error: Tensor | float = 0.0
+    scale: Tensor | float = 0.0
+
+    def __call__(self, example: Example) -> None:
+        output, target = example.output(BRANCHES).float(), example.target.float()
+        self.error = self.error + (output - target).square().sum((0, 1, 3))
+        self.scale = self.scale + target.square().sum((0, 1, 3))
+
+    @property
+    def relative(self) -> Tensor:
+        """[H], 0 of a head that gives nothing."""
+        return self.error / self.scale.clamp(min=torch.finfo(self.scale.dtype).tiny)
+
 
 def transfer_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The attention function: returns the softmax output and leaves gradients in the parameters of a layer that has a
-    `task`."""
+    """The attention function: returns the softmax output, which a layer that has a `task` (`Task`, `HeadErrors`) is
+    compared with before."""
     # Of a model on several devices; kernels are launched on the current one.
     with torch.cuda.device_of(value):
         inputs = take_inputs(module, query, key, attention_mask, kwargs)
         target = softmax_attention(module, inputs, value, scaling, kwargs)
         task = module.linear_attention.task
         if task is not None:
-            with torch.enable_grad():
-                example = Example(module, inputs, value, scaling, target, kwargs.get("sliding_window"), task.branches)
-                loss = sum(weight * OBJECTIVES[name](example) for name, weight in task.objectives.items())
-                if loss.requires_grad:
-                    (loss / task.accumulation).backward()
-            task.losses.append(loss.detach())
+            task(Example(module, inputs, value, scaling, target, kwargs.get("sliding_window")))
     return target, None
 
 
@@ -107,6 +143,7 @@ class AttentionTransfer:
 
     def __init__(self, section: TransferSection, seed: int, blocks: Blocks | None = None):
         self.section, self.seed, self.blocks = section, seed, blocks
+        self.parts = {}
 
     def loss(self, model, batch, accumulation, step):
         ids, positions = batch["input_ids"], batch["position_ids"]
@@ -126,8 +163,14 @@ class AttentionTransfer:
                 model.base_model(**passes[0], use_cache=False)
         else:
             self.blocks.run(passes)
-        losses = [torch.stack(layer.task.losses).mean() for layer in layers.values() if layer.task is not None]
-        return torch.stack([loss.to(ids.device) for loss in losses]).mean()
+        losses = {
+            f"{LOSS_OF_LAYER}{index}": torch.stack(layer.task.losses).mean().to(ids.device)
+            for index, layer in layers.items()
+            if layer.task is not None
+        }
+        for name, loss in losses.items():
+            self.parts.setdefault(name, []).append(loss)
+        return torch.stack([*losses.values()]).mean()
 
     def _branches(self, step: int) -> frozenset[str]:
         dropout = self.section.window_dropout * (1 - step / self.section.steps)
@@ -155,8 +198,60 @@ def frozen_model(context: Context) -> Iterator[PreTrainedModel]:
         yield model if section.blocks_at_once else model.to(context.device)
 
 
+def losses_of_layers(steps: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Layer index -> its loss, as means over `SPANS` equal spans of the stage, or over single steps if these are not as
+    many; a layer that learns in the first steps alone has fewer.
+
+    Args:
+        steps: what was logged of each.
+    """
+    count = min(SPANS, len(steps))
+    ends = [round(span * len(steps) / count) for span in range(count + 1)]
+    losses = defaultdict(list)
+    for start, end in pairwise(ends):
+        found = defaultdict(list)
+        for step in steps[start:end]:
+            for name, value in step.items():
+                if name.startswith(LOSS_OF_LAYER):
+                    found[name.removeprefix(LOSS_OF_LAYER)].append(value)
+        for layer, values in found.items():
+            losses[layer].append(fmean(values))
+    return dict(losses)
+
+
+def held_out(context: Context) -> Tensor:
+    """[N, T] windows of held-out text, of the stage's length, or one of all that there is."""
+    length, sources = context.recipe.transfer.length, context.recipe.data.heldout
+    stream = token_stream("data.heldout", sources, context.tokenizer, HELD_OUT * length)
+    return windows(stream, min(length, len(stream)))
+
+
+def errors_of_heads(model: PreTrainedModel, ids: Tensor, blocks: Blocks | None = None) -> dict[str, list[float]]:
+    """Layer index -> of each query head, kept ones included, the squared error of its output on `ids` [N, T] relative
+    to the softmax output, which every layer hears. All processes measure the same, as ZeRO-3 has it.
+
+    Args:
+        model: under `IMPLEMENTATION`; blocks: as in `AttentionTransfer`.
+    """
+    layers = model.linear_attentions()
+    for layer in layers.values():
+        layer.task = HeadErrors()
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    # One by one, as no step takes less memory.
+    passes = [{"input_ids": row[None], "position_ids": positions} for row in ids]
+    if blocks is not None:
+        blocks.run(passes)
+    else:
+        with torch.no_grad():
+            for inputs in passes:
+                model.base_model(**inputs, use_cache=False)
+    return {str(index): layer.task.relative.tolist() for index, layer in layers.items()}
+
+
 def run(context: Context) -> Artifact:
     section, seed = shared("transfer", context.recipe.transfer, processes.count()), context.recipe.seed
+    # What is wrong with these is said before hours of training.
+    ids = held_out(context).to(context.device)
     with frozen_model(context) as softmax:
         model = model_after(context, "install", softmax)
         train_only(model, lambda name: LINEAR in name)
@@ -170,11 +265,19 @@ def run(context: Context) -> Artifact:
             blocks = Blocks(model, context.device, section.blocks_at_once)
             # Whole steps, which the objective divides.
             batches = section.model_copy(update={"micro_batch_size": None})
-        losses = train(context, "transfer", model, AttentionTransfer(section, seed, blocks), batches, learning_rates)
-    last = {
-        str(index): layer.task.losses[-1].item()
-        for index, layer in layers.items()
-        # None in layers that stopped before, and where only the end of an interrupted stage was left to do.
-        if getattr(layer, "task", None) is not None
+        steps = train(context, "transfer", model, AttentionTransfer(section, seed, blocks), batches, learning_rates)
+        last = {
+            str(index): layer.task.losses[-1].item()
+            for index, layer in layers.items()
+            # None in layers that stopped before, and where only the end of an interrupted stage was left to do.
+            if getattr(layer, "task", None) is not None
+        }
+        with torch.autocast(context.device.type, torch.bfloat16, enabled=section.bf16):
+            errors = errors_of_heads(model, ids, blocks)
+    metrics = {
+        "loss": [step["loss"] for step in steps],
+        "last_loss_of_layer": last,
+        "loss_of_layer": losses_of_layers(steps),
+        "error_of_head": errors,
     }
-    return Artifact(context.stage_directory("transfer"), {"loss": losses, "last_loss_of_layer": last})
+    return Artifact(context.stage_directory("transfer"), metrics)

@@ -23,6 +23,7 @@ class EvaluateSection(Section):
         copying: whether a text that stood there before is predicted; None leaves it out.
         passkey: lengths of text in which a pass key is to be found again.
         recall: numbers of `key: value` pairs of which the values are asked.
+        speed: lengths of context after which the softmax model and the final one are timed, and their caches weighed.
         baselines: measure the untouched softmax model and its untrained window as well.
         tuned_teacher: measure the softmax model finetuned by the recipe's section `finetune` as well.
     """
@@ -32,6 +33,7 @@ class EvaluateSection(Section):
     copying: CopyingSection | None = CopyingSection()
     passkey: list[Positive] = []
     recall: list[Positive] = []
+    speed: list[Positive] = []
     baselines: bool = True
     tuned_teacher: bool = False
 

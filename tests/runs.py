@@ -17,6 +17,10 @@ def state(run: Path, stage: str) -> dict:
     return json.loads((run / stage / "state.json").read_text())
 
 
+# What training leaves in `state.json`; how the last step went in each layer is not known where there was none left.
+FIGURES = ("loss", "loss_of_layer", "error_of_head")
+
+
 def converted(linearize, *arguments) -> str:
     result = linearize("convert", *arguments)
     assert result.code == 0, result.stderr
@@ -25,8 +29,12 @@ def converted(linearize, *arguments) -> str:
 
 def assert_same_training(one: Path, other: Path, stage: str) -> None:
     """Sums in other orders differ in single precision, and Adam's first steps are signs of gradients."""
-    losses = [state(run, stage)["metrics"]["loss"] for run in (one, other)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4), (other, stage)
+    metrics = [state(run, stage)["metrics"] for run in (one, other)]
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4), (other, stage)
+    for name in FIGURES[1:] if stage == "transfer" else ():
+        assert metrics[0][name].keys() == metrics[1][name].keys() != set()
+        for layer, values in metrics[0][name].items():
+            assert values == pytest.approx(metrics[1][name][layer], rel=1e-3), (other, name, layer)
     weights = [load_file(run / stage / "weights.safetensors") for run in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
@@ -51,7 +59,10 @@ def until(run: Run, condition) -> None:
 def results(run: Path) -> dict:
     """What a run comes to: losses and figures by stage, and every tensor that it has saved. The draft tree is not among
     them, which follows from how long a step takes on the machine."""
-    found = {file.parent.name: json.loads(file.read_text())["metrics"].get("loss") for file in run.glob("*/state.json")}
+    found = {}
+    for file in run.glob("*/state.json"):
+        metrics = json.loads(file.read_text())["metrics"]
+        found[file.parent.name] = {name: metrics[name] for name in FIGURES if name in metrics}
     found |= {file.name: json.loads(file.read_text()) for file in run.glob("evaluate/results.json")}
     for file in run.rglob("*.safetensors"):
         tensors = {name: tensor.tolist() for name, tensor in load_file(file).items()}

@@ -57,7 +57,7 @@ def test_who_is_measured_on_what(convert, recipe, tmp_path):
     cheap = {"text": ["64", "128"], "copying": ["32"]}
     everything = {**cheap, "passkey": ["100"]}
     assert list(sizes.items()) == [
-        (TEACHER, everything),
+        (TEACHER, {**everything, "far_mass": ["128"]}),
         ("sliding window 64 + 4 sinks, untrained", first),
         ("sliding window 16 + 2 sinks, untrained", everything),
         ("installed", first),
@@ -200,4 +200,5 @@ def test_table_names_the_heads_that_look_farthest():
         },
         "ablations": {},
     }
-    assert "20.0% on average; most in (layer.head) 3.1 35.0%, 0.1 30.0%, 0.0 10.0%, 3.0 5.0%" in shown(content)
+    line = "attention beyond the window, linearized: 20.0% on average; most in (layer.head) "
+    assert line + "3.1 35.0%, 0.1 30.0%, 0.0 10.0%, 3.0 5.0%" in shown(content)

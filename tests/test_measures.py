@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from linearize.convert import measures, probes
 from linearize.convert.far_mass import attention_weights, divides_mass, far_mass
@@ -34,6 +34,10 @@ def linear(model, config=CONFIG, kept=None):
             if name in ("lam", "lam_query", "conv", "alpha"):
                 parameter.data = torch.rand(parameter.shape, generator=generator) * 0.3 + 0.1
     return model
+
+
+def whole(weights):
+    return weights
 
 
 def random_ids(rows, length, seed=0):
@@ -223,7 +227,7 @@ def test_attention_weights_sum_to_one_and_give_the_output(model, window, state, 
     seen = {}
     for index, layer in model.linear_attentions().items():
         layer.register_forward_hook(lambda _, args, out, index=index: seen.update({index: (args[2], out)}))
-    weights = attention_weights(model, ids)
+    weights = attention_weights(model, ids, whole)
     assert weights.keys() == {0, 1}
     for index, (v, out) in seen.items():
         assert weights[index].shape == (4, 80, 80)
@@ -238,16 +242,16 @@ def test_far_mass(model):
     ids = random_ids(1, 80)[0]
     started = install(model, CONFIG)
     # lam = 0: nothing is far yet, up to fp32 sums of 18 weights.
-    assert far_mass(started, ids)["mean"] == pytest.approx(0, abs=1e-6)
+    assert far_mass(started, ids, CONFIG)["mean"] == pytest.approx(0, abs=1e-6)
     branches = [layer.branches for layer in started.linear_attentions().values()]
     model = linear(model)
-    measured = far_mass(model, ids)
+    measured = far_mass(model, ids, CONFIG)
     assert branches == [layer.branches for layer in model.linear_attentions().values()]
     position = torch.arange(80)
     far = ~near(CONFIG, position, position) & torch.ones(80, 80).tril().bool()
     # Sinks 0, 1 and the own window of 16 are near, so query 18 is the first with a far key: 2.
     assert far.any(-1).nonzero()[0].item() == 18
-    for index, weights in attention_weights(model, ids).items():
+    for index, weights in attention_weights(model, ids, whole).items():
         expected = torch.stack([weights[:, i, far[i]].sum(-1) for i in range(18, 80)]).mean(0)
         torch.testing.assert_close(torch.tensor(measured["layers"][str(index)]), expected, **CLOSE)
         assert ((expected > 0.01) & (expected < 1)).all()
@@ -256,10 +260,33 @@ def test_far_mass(model):
 
 def test_far_mass_leaves_out_heads_that_stay_softmax(model):
     ids = random_ids(1, 80)[0]
-    measured = far_mass(linear(model, kept={0: (1,), 1: (0, 1)}), ids)
+    measured = far_mass(linear(model, kept={0: (1,), 1: (0, 1)}), ids, CONFIG)
     first, second = measured["layers"]["0"], measured["layers"]["1"]
     assert first[2:] == [None] * 2 and second == [None] * 4
     assert measured["mean"] == pytest.approx(sum(first[:2]) / 2)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 40])
+def test_far_mass_of_softmax_heads(model, sliding_window):
+    """Against the weights that transformers' eager attention hands out."""
+    if sliding_window is not None:
+        torch.manual_seed(0)
+        config = model.config.to_dict() | {"model_type": "mistral", "sliding_window": sliding_window}
+        model = MistralForCausalLM(MistralConfig(**config)).eval()
+    ids = random_ids(1, 80)[0]
+    with torch.no_grad():
+        before = model(ids[None]).logits
+        measured = far_mass(model, ids, CONFIG)
+        assert torch.equal(model(ids[None]).logits, before)
+        model.set_attn_implementation("eager")
+        weights = model(ids[None], output_attentions=True).attentions
+    position = torch.arange(80)
+    far = ~near(CONFIG, position, position) & torch.ones(80, 80).tril().bool()
+    expected = [(x[0] * far)[:, 18:].sum(-1).mean(-1) for x in weights]
+    for index, shares in enumerate(expected):
+        torch.testing.assert_close(torch.tensor(measured["layers"][str(index)]), shares, **CLOSE)
+        assert ((shares > 0.1) & (shares < 0.9)).all()
+    assert measured["mean"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
 
 
 def test_far_mass_of_the_delta_rule_is_never_negative(model):
@@ -272,9 +299,9 @@ def test_far_mass_of_the_delta_rule_is_never_negative(model):
     position = torch.arange(80)
     far = ~near(CONFIG, position, position)
     # The first query with a far key is 18.
-    sums = {index: (weights * far).sum(-1)[:, 18:] for index, weights in attention_weights(model, ids).items()}
+    sums = {index: (weights * far).sum(-1)[:, 18:] for index, weights in attention_weights(model, ids, whole).items()}
     unbounded = min((x.clamp(max=0).mean(-1)).min() for x in sums.values())
-    for index, shares in far_mass(model, ids)["layers"].items():
+    for index, shares in far_mass(model, ids, CONFIG)["layers"].items():
         # fp32 sums of up to 18 weights; the bound matters a hundred times as much.
         torch.testing.assert_close(torch.tensor(shares), sums[int(index)].clamp(min=0).mean(-1), rtol=0, atol=1e-6)
     assert unbounded < -1e-4

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from linearize.convert.transfer import AttentionTransfer
 
 from .families import tiny_model
 from .runs import converted, state
-from .transfers import step, student
+from .transfers import errors, step, student
 
 # On a GPU, memory is another.
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="devices are simulated on CPUs")
@@ -51,7 +52,8 @@ def test_a_spread_model_leaves_the_same_gradients(family, tmp_path):
     memory = {"cpu": int(0.9 * whole.get_memory_footprint())}
     model = student(load_model(Source(str(tmp_path)), "float32", device_map="auto", max_memory=memory))
     assert any(parameter.is_meta for block in decoder_blocks(model) for parameter in block.parameters())
-    found, expected = step(model), step(student(whole))
+    whole = student(whole)
+    found, expected = step(model) | errors(model), step(whole) | errors(whole)
     assert all(parameter.is_meta != parameter.requires_grad for parameter in decoder_blocks(model)[1].parameters())
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -83,12 +85,15 @@ def test_a_run_is_the_same_and_goes_on_after_an_interruption(
         linearize("convert", path, *changes)
     monkeypatch.setattr(AttentionTransfer, "loss", loss)
     converted(linearize, path, *changes, "--resume")
-    # Steps 0 to 2, and, after the checkpoint, 2 to 5: each once through the blocks, all micro batches together.
-    assert passes == ([4] * 7 if place == "blocks" else [])
+    # Steps 0 to 2, and, after the checkpoint, 2 to 5: each once through the blocks, all micro batches together;
+    # and the held-out text.
+    assert passes == ([4] * 8 if place == "blocks" else [])
     assert little_memory[-1] == ({"cpu", "disk"} if place == "spread" else set())
     runs = [state(tmp_path / name, "transfer")["metrics"] for name in ("replicated", place)]
     # Gradients of a step are summed up in another order if it has more micro batches.
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-5) and len(runs[0]["loss"]) == 6
+    for name, layer in product(("loss_of_layer", "error_of_head"), "01"):
+        assert runs[0][name][layer] == pytest.approx(runs[1][name][layer], rel=1e-4), (name, layer)
     saved = [load_file(tmp_path / name / "transfer" / "weights.safetensors") for name in ("replicated", place)]
     assert saved[0].keys() == saved[1].keys()
     for name, value in saved[0].items():

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from linearize.convert.models import LINEAR, train_only
-from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, Task
+from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, Task, errors_of_heads, losses_of_layers
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import install
 from linearize.recipes.training import TransferSection
@@ -23,10 +23,10 @@ CONFIG = LinearAttentionConfig(window_size=8, sinks=2, conv_taps=4)
 TRANSFER = AttentionTransfer(TransferSection(steps=1), seed=0)
 
 
-def transfer_model(layers: int = 2, config=CONFIG, base=None) -> LlamaForCausalLM:
+def transfer_model(layers: int = 2, config=CONFIG, base=None, kept=None) -> LlamaForCausalLM:
     torch.manual_seed(0)
     model = base or LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SMALL))
-    install(model.eval(), config)
+    install(model.eval(), config, kept)
     train_only(model, lambda name: LINEAR in name)
     model.set_attn_implementation(IMPLEMENTATION)
     for layer in model.linear_attentions().values():
@@ -146,3 +146,49 @@ def saved_at_once(layers: int) -> int:
 
 def test_memory_for_the_backward_pass_does_not_grow_with_depth():
     assert saved_at_once(8) == saved_at_once(2) > 0
+
+
+def test_error_of_each_head():
+    """Of what the layers say when they are asked apart from any transfer; kept heads are the softmax heads."""
+    model = transfer_model(kept={1: (0,)})
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if LINEAR in name:
+            parameter.data = torch.rand(parameter.shape, generator=generator)
+    ids = batch(rows=3)["input_ids"]
+    errors = errors_of_heads(model, ids)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    heard, outputs = {}, {"sdpa": {}, "linearize": {}}
+
+    def hear(module, args, kwargs):
+        heard.setdefault(module.layer_idx, kwargs)
+
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
+        block.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, index=index: outputs[model.config._attn_implementation].update({index: args[0]})
+        )
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        model.base_model(ids, use_cache=False)
+        for index, block in enumerate(model.model.layers):
+            for implementation in outputs:
+                model.set_attn_implementation(implementation)
+                block.self_attn(**heard[index] | {"attention_mask": None})
+            target, output = (found[index].unflatten(-1, (4, -1)) for found in outputs.values())
+            expected = (output - target).square().sum((0, 1, 3)) / target.square().sum((0, 1, 3))
+            torch.testing.assert_close(torch.tensor(errors[str(index)]), expected, rtol=1e-4, atol=1e-10)
+    assert errors.keys() == {"0", "1"} and all(len(row) == 4 for row in errors.values())
+    # fp32, by other kernels.
+    assert max(errors["1"][:2]) < 1e-10 and min(errors["0"] + errors["1"][2:]) > 1e-3
+
+
+def test_losses_of_layers_are_means_over_equal_spans():
+    steps = [{"loss": 0.0, "loss_of_layer/0": float(step)} for step in range(1000)]
+    for step in steps[:302]:
+        step["loss_of_layer/3"] = 1.0
+    found = losses_of_layers(steps)
+    assert found["0"] == [5 * span + 2.0 for span in range(200)] and found["3"] == [1.0] * 61
+    assert losses_of_layers(steps[:7]) == {"0": [*map(float, range(7))], "3": [1.0] * 7}
+    # 200 spans of 301 steps are of one or two.
+    assert sum(losses_of_layers(steps[:301])["0"]) / 200 == pytest.approx(150, abs=1)

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from linearize.convert.blocks import Blocks
 from linearize.convert.models import LINEAR, train_only
-from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer
+from linearize.convert.transfer import IMPLEMENTATION, AttentionTransfer, errors_of_heads
 from linearize.layers.config import LinearAttentionConfig
 from linearize.layers.seam import install
 from linearize.recipes.training import TransferSection
@@ -45,3 +45,9 @@ def step(model: PreTrainedModel, blocks: Blocks | None = None) -> dict[str, Tens
     # Without this, what is missing on both sides would go unseen.
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     return {"loss": loss} | gradients
+
+
+def errors(model: PreTrainedModel, blocks: Blocks | None = None) -> dict[str, Tensor]:
+    """Layer -> the error of each of its heads, by name."""
+    found = errors_of_heads(model, BATCH["input_ids"], blocks)
+    return {f"errors of layer {layer}": torch.tensor(row) for layer, row in found.items()}

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from deepspeed.runtime import zero as deepspeed_zero
 from families import tiny_model
-from transfers import step, student
+from transfers import errors, step, student
 
 from linearize.convert import zero
 from linearize.convert.blocks import decoder_blocks
@@ -20,7 +20,8 @@ deepspeed_zero.DeepSpeedZeRoOffload = partial(
 )
 directory, *families = sys.argv[1:]
 for family in families:
-    expected = step(student(tiny_model(family)))
+    whole = student(tiny_model(family))
+    expected = step(whole) | errors(whole)
     with zero.partitioned(partial(load_model, Source(f"{directory}/{family}"), "float32"), "float32") as model:
         student(model)
         frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
@@ -32,15 +33,15 @@ for family in families:
 
         for module in decoder_blocks(model).modules():
             module.register_forward_hook(look, prepend=True)
-        found = step(model)
+        found = step(model) | errors(model)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{family}: {name}: ".__add__)
-        whole = sum(parameter.ds_numel for parameter in frozen)
+        size = sum(parameter.ds_numel for parameter in frozen)
         held = sum(parameter.ds_tensor.numel() for parameter in frozen)
         # Parts are padded to the same size.
-        assert whole / 2 <= held <= whole / 2 + len(frozen), (family, held, whole)
+        assert size / 2 <= held <= size / 2 + len(frozen), (family, held, size)
         largest = max(parameter.ds_numel for parameter in frozen)
         assert 0 < most <= 2 * largest, (family, most, largest)
         assert not sum(parameter.numel() for parameter in frozen), family
     assert not sum(parameter.numel() + parameter.ds_tensor.numel() for parameter in frozen), family
-    print(f"{family}: {most} of {whole} numbers at most")
+    print(f"{family}: {most} of {size} numbers at most")
