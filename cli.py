@@ -108,7 +108,40 @@ def _convert(context, only: str | None, start: str | None, resume: bool, launch:
 
         console.print(results_table(context.state("evaluate")["metrics"]))
     show_memory(load_plan(context.directory), console)
+    from linearize.convert.page import write_report
+
+    report = processes.alone(write_report, context.directory, console)
     console.print(f"[bold]{context.directory}[/bold]", highlight=False)
+    console.print(f"[bold]{report}[/bold]", highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="File instead of the run's own report.html.")] = None,
+):
+    """Write a run's report again: one HTML file of what its stages have measured so far."""
+    if out is not None:
+        _check_report(out)
+    _quieten()
+    from linearize.convert.context import disk_errors_named
+    from linearize.convert.page import write_report
+
+    with disk_errors_named(run):
+        print(write_report(run, console, out))
+
+
+def _check_report(out: Path) -> None:
+    """
+    Raises:
+        BadInput: nothing can be written there, or something else is there.
+    """
+    if not out.parent.is_dir():
+        raise BadInput(f"--out {out}: there is no directory {out.parent}")
+    if out.is_dir():
+        raise BadInput(f"--out {out}: is a directory; name a file in it, such as {out / 'report.html'}")
+    if out.exists() and '<meta name="generator" content="linearize">' not in out.read_text("utf-8", "replace"):
+        raise BadInput(f"--out {out}: exists and is no report of linearize; choose another file")
 
 
 @app.command()

@@ -29,7 +29,7 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "data.train", "seed"),
     "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
     "evaluate": ("evaluate", "data.heldout"),
-    "export": ("export", "name", "model.license", "model.base_model"),
+    "export": ("export", "name", "model.license", "model.license_link", "model.base_model"),
     "push": ("push",),
 }
 STAGES = tuple(STAGE_INPUTS)
@@ -80,13 +80,7 @@ class Context:
         Raises:
             StageError: it is no JSON.
         """
-        path = self.stage_directory(stage) / STATE
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise StageError(f"{path}: is damaged ({error}); --from {stage} makes it again") from error
+        return read_state(self.stage_directory(stage))
 
     def write_state(self, stage: str, status: str, metrics: dict[str, Any]) -> None:
         state = {
@@ -132,6 +126,21 @@ class Context:
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_state(directory: Path) -> dict[str, Any] | None:
+    """What `state.json` of a stage's directory says, None where there is none.
+
+    Raises:
+        StageError: it is no JSON.
+    """
+    path = directory / STATE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise StageError(f"{path}: is damaged ({error}); --from {directory.name} makes it again") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

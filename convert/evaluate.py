@@ -34,6 +34,7 @@ from linearize.convert.finetune import tune
 from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
 from linearize.convert.progress import TokenProgress
+from linearize.hub.measured import TEACHER, TUNED_TEACHER
 from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
@@ -41,8 +42,6 @@ from linearize.recipes.evaluation import EvaluateSection
 
 RESULTS = "results.json"
 TUNED_STAGE = "evaluate/tuned_teacher"
-TEACHER = "teacher (softmax)"
-TUNED_TEACHER = "teacher (softmax), finetuned alike"
 NAMES = {"install": "installed", "transfer": "after transfer", "finetune": "after finetune"}
 ABLATIONS = {
     "local only": frozenset({"local"}),

@@ -7,8 +7,9 @@ import torch
 from linearize.convert.context import Artifact, Context, StageError
 from linearize.convert.medusa import trained_draft
 from linearize.convert.models import LINEAR, merged_model
-from linearize.hub.card import model_card
+from linearize.hub.card import CARD_FIGURES, model_card
 from linearize.hub.export import export_model
+from linearize.hub.figures import drawings, png
 from linearize.recipes.loader import dump_recipe
 
 
@@ -25,6 +26,9 @@ def run(context: Context) -> Artifact:
         # Where texts are cut.
         tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.finetune.longest)
     metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage not in ("export", "push")}
+    figures, problems = drawings(metrics, CARD_FIGURES)
+    for name, problem in problems.items():
+        context.console.print(f"README.md: figure {name} is missing: {problem}", markup=False, highlight=False)
     directory = context.stage_directory("export") / "model"
     # Nobody takes half a model for one.
     part = directory.with_name("model.part")
@@ -37,9 +41,10 @@ def run(context: Context) -> Artifact:
             draft=draft,
             max_shard_size=recipe.export.max_shard_size,
             files={
-                "README.md": model_card(recipe, metrics),
+                "README.md": model_card(recipe, metrics, figures),
                 "recipe.yaml": dump_recipe(recipe),
                 "metrics.json": metrics,
+                **{f"{name}.png": png(figure) for name, figure in figures.items()},
             },
         )
     except ValueError as error:

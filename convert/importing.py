@@ -66,7 +66,7 @@ def import_published(
     except (*sources.READ_ERRORS, UnsupportedModelError) as error:
         raise StageError(sources.first_line(error).replace("model.source:", "--base:")) from error
     apply(result, model, alpha)
-    card = imported_card(out.name, base, checkpoints, result, alpha)
+    card = imported_card(out.name, base, checkpoints, result, alpha, sources.base_card(source))
     # Nobody takes half a model for one.
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

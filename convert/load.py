@@ -13,4 +13,5 @@ def run(context: Context) -> Artifact:
         sources.load_model(source, recipe.dtype).save_pretrained(directory / "model")
     # A branch on the Hub moves; what is converted is the commit that it pointed to.
     commit = getattr(sources.load_config(source), "_commit_hash", None)
-    return Artifact(directory, {"source": recipe.source, "revision": commit or recipe.revision})
+    metrics = {"source": recipe.source, "revision": commit or recipe.revision, "card": sources.base_card(source)}
+    return Artifact(directory, metrics)

@@ -27,6 +27,7 @@ from linearize.recipes.attention import KeepSection
 from linearize.recipes.schema import Recipe, ShardedTraining, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
 
+PLAN = "plan.json"
 CONTEXTS = (2048, 8192, 32768, 131072)
 # Characters of a source's first text that show whether it can be read.
 GLANCE = 1000
@@ -337,12 +338,12 @@ def _check_calibration(recipe: Recipe, positions: int | None) -> None:
 
 
 def save_plan(plan: Plan, directory: Path) -> None:
-    write_atomically(directory / "plan.json", json.dumps(asdict(plan), indent=2) + "\n")
+    write_atomically(directory / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
 
 
 def load_plan(directory: Path) -> Plan:
     """The plan that a run was started with."""
-    plan = json.loads((directory / "plan.json").read_text("utf-8"))
+    plan = json.loads((directory / PLAN).read_text("utf-8"))
     plan["stages"] = [StagePlan(**stage) for stage in plan["stages"]]
     plan["kv_bytes"] = {int(length): size for length, size in plan["kv_bytes"].items()}
     return Plan(**plan)
@@ -351,7 +352,7 @@ def load_plan(directory: Path) -> Plan:
 def show_plan(plan: Plan, console: Console) -> None:
     """The plan as tables."""
     console.print(
-        f"[bold]{plan.model}[/bold]: {_count(plan.parameters)} parameters, {plan.layers} attention layers, "
+        f"[bold]{plan.model}[/bold]: {count_text(plan.parameters)} parameters, {plan.layers} attention layers, "
         f"{plan.heads} query and {plan.kv_heads} key heads of {plan.head_dim}, {plan.features} features"
     )
     if plan.kept_heads:
@@ -365,9 +366,18 @@ def show_plan(plan: Plan, console: Console) -> None:
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in plan.stages:
         share = f"{stage.trained / stage.parameters:.2%}"
-        table.add_row(stage.stage, str(stage.steps), _count(stage.tokens), _count(stage.trained), share)
+        table.add_row(stage.stage, str(stage.steps), count_text(stage.tokens), count_text(stage.trained), share)
     console.print(table)
-    console.print(f"memory {_size(plan.memory)} + activations, disk {_size(plan.disk)}")
+    console.print(f"memory {size_text(plan.memory)} + activations, disk {size_text(plan.disk)}")
+
+
+def memory_by_context(plan: Plan) -> list[tuple[int, int, int]]:
+    """(tokens, bytes of the KV cache, bytes of what replaces it) of one sequence."""
+    found = []
+    for length, size in plan.kv_bytes.items():
+        kept = length if plan.kept_tokens is None else min(length, plan.kept_tokens)
+        found.append((length, size, plan.state_bytes + plan.kept_bytes * kept))
+    return found
 
 
 def show_memory(plan: Plan, console: Console) -> None:
@@ -377,21 +387,19 @@ def show_memory(plan: Plan, console: Console) -> None:
     table.add_column("KV cache", justify="right")
     table.add_column("linear state + kept heads" if plan.kept_heads else "linear state", justify="right")
     table.add_column("ratio", justify="right")
-    for length, size in plan.kv_bytes.items():
-        kept = length if plan.kept_tokens is None else min(length, plan.kept_tokens)
-        held = plan.state_bytes + plan.kept_bytes * kept
-        table.add_row(f"{length // 1024}k", _size(size), _size(held), f"{size / held:.1f}")
+    for length, size, held in memory_by_context(plan):
+        table.add_row(f"{length // 1024}k", size_text(size), size_text(held), f"{size / held:.1f}")
     console.print(table)
 
 
-def _count(number: int) -> str:
+def count_text(number: int) -> str:
     for unit in ("", "k", "M", "B"):
         if number < 1000 or unit == "B":
             return f"{number:.3g}{unit}" if unit else str(number)
         number /= 1000
 
 
-def _size(number: float) -> str:
+def size_text(number: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if number < 1024 or unit == "TiB":
             return f"{number:.1f} {unit}"

@@ -2,11 +2,9 @@
 
 from dataclasses import asdict
 
-import yaml
-
 from linearize.convert import sources
 from linearize.convert.context import Artifact, Context, StageError
-from linearize.hub.card import card_metadata
+from linearize.hub.metadata import metadata
 from linearize.hub.push import push
 from linearize.hub.repository import PushError, identity, look
 
@@ -18,10 +16,11 @@ def check(context: Context) -> None:
         StageError: no.
     """
     recipe = context.recipe
-    config = sources.load_config(sources.locate(recipe.model.source, recipe.model.revision))
-    metadata = card_metadata(recipe)
+    source = sources.locate(recipe.model.source, recipe.model.revision)
+    head = metadata(recipe, {"load": {"card": sources.base_card(source)}})
+    model = identity(sources.load_config(source).to_dict(), head.to_dict())
     try:
-        look(recipe.push, identity(config.to_dict(), metadata), f"---\n{yaml.safe_dump(metadata)}---\n")
+        look(recipe.push, model, f"---\n{head.to_yaml()}\n---\n")
     except PushError as error:
         raise StageError(f"push: {error}") from error
 

@@ -6,7 +6,7 @@ from heapq import nlargest
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from linearize.convert.evaluate import TEACHER, TUNED_TEACHER
+from linearize.hub.measured import TEACHER, TUNED_TEACHER
 
 TOP_HEADS = 5
 

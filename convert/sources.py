@@ -5,6 +5,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -12,6 +14,9 @@ from linearize.recipes.schema import ModelSection, package_file
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
+
+CARD = "README.md"
+CARD_FIELDS = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,18 @@ def load_tokenizer(model: ModelSection):
         return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except READ_ERRORS as error:
         raise ValueError(f"{field}: no tokenizer at {source.path}: {first_line(error)}") from error
+
+
+def base_card(source: Source) -> dict[str, str | list[str]]:
+    """What the model's own card says of its licence and language; nothing where no card is at hand."""
+    try:
+        if Path(source.path).is_dir():
+            card = metadata_load(Path(source.path) / CARD)
+        else:
+            card = metadata_load(hf_hub_download(source.path, CARD, revision=source.revision))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {field: card[field] for field in CARD_FIELDS if card and card.get(field)}
 
 
 def check_weights(directory: Path) -> None:

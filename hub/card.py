@@ -1,133 +1,101 @@
-"""The model card: where the model comes from, what was done to it, and what was measured."""
+"""The model card: where the model comes from, how to use it, what was measured, and what it cannot do."""
 
 import re
-import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
+from linearize import __version__
+from linearize.hub.figures import describe
+from linearize.hub.measured import chosen_tree, columns, converted, reference, rows
+from linearize.hub.metadata import HUB, base_model, hub_dataset, imported_metadata, metadata
 from linearize.hub.published import Published
 from linearize.recipes.loader import dump_recipe
 from linearize.recipes.schema import Recipe
 
-CARD = """---
-{metadata}---
-
-# {name}
-
-{base} with its softmax attention turned into augmented linear attention by
-linearize: {memory}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("path/to/{name}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("path/to/{name}", trust_remote_code=True)
-```
-
-`trust_remote_code` is needed: the code is in this directory, and without it nothing loads this model as the softmax
-model that it was.
-{sections}
-"""
-
-RECIPE = """{results}
-## Recipe
-
-```yaml
-{recipe}```"""
-
-IMPORTED = """
-## Where it comes from
-
-Nothing was trained to make this model. `linearize import` merged into one what {paper} published:
-
-- base: {base}
-{checkpoints}
-
-{adapters} What is computed is their formula, {groups}the same in training, prefill and decoding.
-
-```yaml
-attention:
-{attention}```"""
-
+# Which of `figures.FIGURES` are beside the card, as PNG files.
+CARD_FIGURES = ("speed", "memory")
+TRAINING = ("transfer", "finetune", "medusa")
 PAPERS = {
     "lolcats": "LoLCATs ([arXiv 2410.10254](https://arxiv.org/abs/2410.10254))",
     "linearized-llm": "Linearized-LLM ([arXiv 2406.07368](https://arxiv.org/abs/2406.07368))",
 }
 
 
-def model_card(recipe: Recipe, metrics: dict) -> str:
-    """README.md of an exported model; metadata as the Hub reads them.
+def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None = None) -> str:
+    """README.md of an exported model, metadata as the Hub reads them at its head.
 
     Args:
         metrics: stage -> its metrics.
+        figures: those of `CARD_FIGURES` that are saved beside it.
     """
-    memory = _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
-    sections = RECIPE.format(results=_results(metrics), recipe=dump_recipe(recipe))
-    return _card(recipe.name, card_metadata(recipe), memory, sections)
+    evaluated, medusa = metrics.get("evaluate"), metrics.get("medusa")
+    tree = chosen_tree(medusa) if medusa else None
+    table = rows(evaluated) if evaluated else []
+    text = _render(
+        "card.md",
+        base=base_model(recipe),
+        columns=columns(table),
+        converted=converted(evaluated) if evaluated else None,
+        data=[(data, hub_dataset(data)) for data in recipe.data.train],
+        limits=list(_limits(recipe, metrics)),
+        medusa=medusa,
+        memory=_memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
+        name=recipe.name,
+        plots={name: describe(figure) for name, figure in (figures or {}).items()},
+        recipe=recipe,
+        reference=reference(evaluated) if evaluated else None,
+        table=table,
+        tree=tree,
+        training={stage: section for stage in TRAINING if (section := getattr(recipe, stage)) is not None},
+        yaml=dump_recipe(recipe),
+    )
+    return f"---\n{metadata(recipe, metrics).to_yaml()}\n---\n\n{text}\n"
 
 
-def card_metadata(recipe: Recipe) -> dict[str, Any]:
-    """What stands before the card's text, known before anything is trained."""
-    named = not Path(recipe.model.source).exists() and not recipe.model.source.startswith("package:")
-    base = recipe.model.base_model or (recipe.model.source if named else None)
-    return _metadata(base, recipe.model.license)
-
-
-def imported_card(name: str, base: str, checkpoints: list[str], published: Published, alpha: float | None) -> str:
+def imported_card(
+    name: str, base: str, checkpoints: list[str], published: Published, alpha: float | None, base_card: dict[str, Any]
+) -> str:
     """README.md of a model that others trained.
 
     Args:
         base: Hub id, or a directory, which is not told.
         checkpoints: their Hub ids or paths, of which names are told.
         alpha: of the adapters; None: twice their rank.
+        base_card: metadata of the base model's own card.
     """
-    hub_base = None if Path(base).exists() else base
-    config = published.config
-    adapters = "They held no LoRA adapters: this is attention transfer alone."
-    if published.adapters:
-        ranks = sorted({len(A) for A, _ in published.adapters.values()})
-        scale = "twice the rank" if alpha is None else f"{alpha:g}"
-        adapters = f"LoRA adapters of rank {', '.join(map(str, ranks))} are merged with alpha {scale}."
-    elif published.weights:
-        adapters = "Weights of the base that they held have taken its place."
-    sections = IMPORTED.format(
+    on_hub = None if Path(base).exists() else base
+    text = _render(
+        "imported.md",
+        alpha=alpha,
+        base=on_hub,
+        base_name=Path(base).name,
+        checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
+        medusa=None,
+        memory=_memory(published.kept, published.config.kept_window),
+        name=name,
         paper=PAPERS[published.format],
-        base=hub_base or Path(base).name,
-        checkpoints="\n".join(f"- {Path(path).name if Path(path).exists() else path}" for path in checkpoints),
-        adapters=adapters,
-        groups="in groups counted from the text's beginning, " if config.window in ("block", "terrace") else "",
-        attention=textwrap.indent(yaml.safe_dump(config.to_dict(), sort_keys=False), "  "),
+        published=published,
+        ranks=sorted({len(A) for A, _ in published.adapters.values()}),
+        yaml=yaml.safe_dump({"attention": published.config.to_dict()}, sort_keys=False),
     )
-    return _card(name, _metadata(hub_base, None), _memory(published.kept, config.kept_window), sections)
+    return f"---\n{imported_metadata(on_hub, base_card).to_yaml()}\n---\n\n{text}\n"
 
 
 def card_for(repo: str, card: str) -> str:
     """A card whose example loads the model from `repo`, not from a directory."""
-    return re.sub(r'from_pretrained\("path/to/[^"]*"', f'from_pretrained("{repo}"', card)
+    return re.sub(r'"path/to/[^"]*"', f'"{repo}"', card)
 
 
-def _metadata(base: str | None, license: str | None) -> dict[str, Any]:
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": license or "other",
-        "tags": ["linearize", "linear-attention"],
-    }
-    if base is not None:
-        metadata |= {"base_model": base, "base_model_relation": "finetune"}
-    return metadata
-
-
-def _card(name: str, metadata: dict[str, Any], memory: str, sections: str) -> str:
-    return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
-        name=name,
-        base=metadata.get("base_model", "A model"),
-        memory=memory,
-        sections=sections,
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template(template).render(hub=HUB, version=__version__, **values)
 
 
 def _memory(kept_heads: dict, kept_window: int | None) -> str:
@@ -146,43 +114,39 @@ def _memory(kept_heads: dict, kept_window: int | None) -> str:
     )
 
 
-def _results(metrics: dict) -> str:
-    if "evaluate" not in metrics:
-        return ""
-    measured = metrics["evaluate"]
-    rows = {name: _figures(figures) for group in ("models", "ablations") for name, figures in measured[group].items()}
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [
-        "",
-        "## Measured",
-        "",
-        "Perplexity of held-out text by length of the window; the share of tokens predicted when a text is said again, "
-        "of pass keys found in a text of so many tokens, and of values recalled from so many `key: value` pairs. "
-        "`metrics.json` has the details.",
-        "",
-        f"| model | {' | '.join(columns)} |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
-    lines += [f"| {name} | {' | '.join(row.get(column, '') for column in columns)} |" for name, row in rows.items()]
-    for i, accuracy in enumerate(metrics.get("medusa", {}).get("head_accuracy", [])):
-        if i == 0:
-            lines += ["", "| Medusa head | top-1 | top-5 |", "|---|---|---|"]
-        lines.append(f"| {i + 1} | {accuracy['top1']:.3f} | {accuracy['top5']:.3f} |")
-    if "medusa" in metrics:
-        nodes = len(metrics["medusa"]["tree"]) + 1
-        chosen = next(size for size in metrics["medusa"]["tree_sizes"] if size["nodes"] == nodes)
-        lines += [
-            "",
-            f"Speculative decoding (`model.generate(..., custom_generate=model.speculate)`) verifies {nodes} tokens at "
-            f"once and is expected to accept {chosen['tokens']:.2f} of them per step; the text stays the same.",
-        ]
-    return "\n".join([*lines, ""])
+def _limits(recipe: Recipe, metrics: dict) -> Iterator[str]:
+    config, evaluated = recipe.attention.config, metrics.get("evaluate")
+    beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
+    held = "is held in a state of fixed size, and much of it is not remembered word for word"
+    if config.feature_map is None:
+        held = "is not seen"
+    kept = " (by heads that do not stay softmax)" if recipe.keep else ""
+    yield f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
+    trained = [section.longest for stage in TRAINING[:2] if (section := getattr(recipe, stage)) is not None]
+    known = f"It was trained on sequences of up to {max(trained)} tokens" if trained else "It was not trained"
+    measured = f"measured in windows of up to {max(map(int, evaluated['tokens']))}" if evaluated else "not measured"
+    yield f"{known}, and {measured}; what it does with longer ones is unknown."
+    saved = (recipe.export and recipe.export.dtype) or recipe.model.dtype
+    masters = "" if saved == "float32" else ", those of the attention layers in float32, which they stay when loaded"
+    done = "measured" if evaluated else "made"
+    yield f"Its weights are saved in {saved}{masters}; it was {done} in {recipe.model.dtype}."
+    yield "It runs code from its directory (`trust_remote_code`); read it, or pin a revision that you have read."
+    yield "What its base model says wrongly or harmfully, it says, too: the conversion does nothing about that."
 
 
-def _figures(measured: dict) -> dict[str, str]:
-    """Column -> figure of one model."""
-    row = {f"perplexity, {length}": f"{figures['perplexity']:.2f}" for length, figures in measured["text"].items()}
-    for name, unit in (("copying", "tokens"), ("passkey", "tokens"), ("recall", "pairs")):
-        for size, figures in measured.get(name, {}).items():
-            row[f"{name}, {size} {unit}"] = f"{figures['accuracy']:.0%}"
-    return row
+def _recalled(evaluated: dict) -> str:
+    """What was measured of it, beside the teacher."""
+    models = evaluated["models"]
+    last, teacher = models[converted(evaluated)], models.get(reference(evaluated), {})
+    asked = {
+        "copying": "of a text of {} tokens said again are predicted",
+        "passkey": "of pass keys in {} tokens are found",
+        "recall": "of values are recalled from {} pairs",
+    }
+    told = []
+    for measure, what in asked.items():
+        for size, figures in last.get(measure, {}).items():
+            beside = teacher.get(measure, {}).get(size)
+            compared = f" (teacher {beside['accuracy']:.0%})" if beside else ""
+            told.append(f"{figures['accuracy']:.0%} {what.format(size)}{compared}")
+    return f": {', '.join(told)}" if told else "; how much is lost was not measured"

@@ -70,7 +70,7 @@ def export_model(
     tokenizer=None,
     draft: tuple[MedusaHeads, dict] | None = None,
     max_shard_size: str = "5GB",
-    files: dict[str, str | dict] | None = None,
+    files: dict[str, str | dict | bytes] | None = None,
 ) -> None:
     """Write `model` (linearized, adapters merged) so that `AutoModelForCausalLM.from_pretrained(directory,
     trust_remote_code=True)` gives it back, without this package.
@@ -81,7 +81,7 @@ def export_model(
             `tree`, the paths of the largest one, of which the first are the smaller ones, and `nodes` of each by the
             fewest sequences at once that it is for.
         max_shard_size: of the weight files.
-        files: further text files by name; a dict becomes JSON.
+        files: further files by name; a dict becomes JSON.
 
     Raises:
         ValueError: the files do not hold the weights.
@@ -123,8 +123,9 @@ def export_model(
     for name, text in remote_code(base.__name__, config_class, model_type).items():
         (directory / name).write_text(text, "utf-8")
     for name, content in (files or {}).items():
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        (directory / name).write_text(text, "utf-8")
+        if isinstance(content, dict):
+            content = json.dumps(content, indent=2) + "\n"
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:

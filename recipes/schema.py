@@ -68,7 +68,9 @@ class ModelSection(Section):
         revision: branch, tag or commit on the Hub.
         dtype: of the weights in memory.
         tokenizer: a model source to take the tokenizer from; None takes the model's own.
-        license: for the model card, e.g. `apache-2.0`.
+        license: for the model card, e.g. `apache-2.0`, or the name of one that the Hub does not know; None takes it
+            from the model's own card.
+        license_link: where one is to be read that the Hub does not know.
         base_model: Hub id that the card names where `source` is a file.
     """
 
@@ -77,6 +79,7 @@ class ModelSection(Section):
     dtype: Dtype = "float32"
     tokenizer: ModelSource | None = None
     license: Text | None = None
+    license_link: Text | None = None
     base_model: Text | None = None
 
 

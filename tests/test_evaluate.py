@@ -8,9 +8,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from linearize.convert import measures
-from linearize.convert.evaluate import TEACHER, TUNED_TEACHER
 from linearize.convert.finetune import NextTokenAndDistillation
 from linearize.convert.report import results_table
+from linearize.hub.measured import TEACHER, TUNED_TEACHER
 
 EVALUATE = {"tokens": 256, "lengths": [64, 128], "copying": {"texts": 2, "length": 32}, "passkey": [100]}
 

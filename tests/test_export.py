@@ -124,10 +124,12 @@ def test_export_carries_what_people_look_for(finished):
     metrics = json.loads((model / "metrics.json").read_text())
     measured = metrics["evaluate"]["models"]["after finetune"]
     assert "base_model: somebody/tiny" in card and "license: mit" in card
-    short, long = (f"{measured['text'][length]['perplexity']:.2f}" for length in ("64", "128"))
+    teacher = metrics["evaluate"]["models"]["teacher (softmax)"]["text"]
+    perplexities = [(measured["text"][length]["perplexity"], teacher[length]["perplexity"]) for length in ("64", "128")]
+    short, long = (f"{perplexity:.2f} ({perplexity / of_teacher:.2f})" for perplexity, of_teacher in perplexities)
     sizes = {"copying": "32", "passkey": "100", "recall": "4"}
     shares = [f"{measured[name][size]['accuracy']:.0%}" for name, size in sizes.items()]
-    assert f"| after finetune | {' | '.join([short, long, *shares])} |" in card
+    assert f"| **this model** (after finetune) | {' | '.join([short, long, *shares])} |" in card
     names = {path.name for path in model.iterdir()}
     assert {"model.safetensors", "recipe.yaml", "generation_config.json", "medusa_heads.safetensors"} <= names
     assert not any("lora" in name for name in load_file(model / "model.safetensors"))
