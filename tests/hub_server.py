@@ -288,11 +288,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, body: bytes) -> None:
         metadata = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+        errors = []
         if metadata.get("license", "other") not in ("other", "mit", "apache-2.0"):
-            errors = [{"message": '"license" must be one of [apache-2.0, mit, other]'}]
-            self.reply({"errors": errors, "warnings": []}, 400)
-        else:
-            self.reply({"errors": [], "warnings": []})
+            errors.append({"message": '"license" must be one of [apache-2.0, mit, other]'})
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "some/model")):
+            errors.append({"message": '"base_model" with value is not valid. Use a model id from https://hf.co/models.'})
+        self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, name: str, revision: str, body: bytes) -> None:
         there = self.files(name, revision)

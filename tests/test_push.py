@@ -418,7 +418,7 @@ def test_a_recipe_is_refused_before_anything_is_trained(hub, linearize, recipe, 
     result = linearize("convert", path)
     assert result.code == 2 and not (tmp_path / "run").exists() and not hub.changing()
     assert result.stderr.startswith(f"linearize: push: {REPO}: holds a model that is not a linearized one (llama)")
-    assert "the Hub refuses the card's metadata" in linearize("convert", path, "model.license=no such").stderr
+    assert "the Hub refuses the card's metadata" in linearize("convert", path, "model.base_model=no id").stderr
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     assert "push: somebody/linear: the Hub does not accept the token" in linearize("convert", path).stderr
     monkeypatch.delenv("HF_TOKEN")
