@@ -1,11 +1,13 @@
 """Publish an exported model: say what would be sent to a repository on the Hub, and send it.
 
-Everything goes up in one commit, so that nobody downloads half a model; `upload_folder` may make several of it. What
-has arrived at the Hub stays there without a commit, and is not sent again by the next one.
+Large files go up one after the other, then one commit names them all: nobody downloads half a model, and a file that
+has arrived stays at the Hub and is not sent again, by Git LFS or by Xet. `upload_folder` and `create_commit` by
+themselves hand all files to Xet at once, and it begins all of them anew after an interruption.
 """
 
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +96,7 @@ def plan(directory: Path, section: PushSection) -> Plan:
     for path, content in _contents(directory, repository.name).items():
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         there = repository.files.get(path)
-        lfs = there.lfs if there else path.endswith(LFS_SUFFIXES) or size > LFS_SIZE
+        lfs = there.lfs if there else _is_large(path, size)
         same = there is not None and there.size == size and there.digest == _digest(content, lfs)
         found.append(Change(path, size, _storage(lfs), "unchanged" if same else "changed" if there else "new"))
     for path in _stale(directory, repository):
@@ -139,17 +141,16 @@ def push(directory: Path, section: PushSection, progress: bool = False) -> Pushe
             api.create_repo(name, private=repository.private, exist_ok=True)
         if repository.new_branch:
             api.create_branch(name, branch=repository.revision, exist_ok=True)
-    operations = [CommitOperationDelete(path) for path in _stale(directory, repository)]
-    operations += [CommitOperationAdd(path, content) for path, content in _contents(directory, name).items()]
+    removed = [CommitOperationDelete(path) for path in _stale(directory, repository)]
+    added = [CommitOperationAdd(path, content) for path, content in _contents(directory, name).items()]
+    where = {"revision": repository.revision, "create_pr": section.create_pr}
     try:
         with _bars(progress):
-            done = api.create_commit(
-                name,
-                operations,
-                commit_message=f"Upload a linearized model (linearize {__version__})",
-                revision=repository.revision,
-                create_pr=section.create_pr,
-            )
+            for file in added:
+                if _is_large(file.path_in_repo, file.upload_info.size):
+                    api.preupload_lfs_files(name, [file], **where, free_memory=False)
+            message = f"Upload a linearized model (linearize {__version__})"
+            done = api.create_commit(name, [*removed, *added], commit_message=message, **where)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # From threads that upload comes which file it was, and behind it why.
         reason = error if isinstance(error, HTTPError) or error.__cause__ is None else f"{error} {error.__cause__}"
@@ -177,6 +178,10 @@ def _stale(directory: Path, repository: Repository) -> list[str]:
     return sorted(path for path in left if not (directory / path).is_file())
 
 
+def _is_large(path: str, size: int) -> bool:
+    return path.endswith(LFS_SUFFIXES) or size > LFS_SIZE
+
+
 def _storage(lfs: bool) -> str:
     return "LFS" if lfs else "regular"
 
@@ -200,5 +205,9 @@ def _bars(shown: bool) -> Iterator[None]:
         enable_progress_bars()
         try:
             yield
+        except BaseException:
+            # The one that was interrupted has not ended its line.
+            print(file=sys.stderr)
+            raise
         finally:
             disable_progress_bars()

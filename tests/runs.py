@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linearize.convert.context import STAGES
 from linearize.recipes.schema import DEEPSPEED
 
 from .ranks import Run
+
+# Those that need no Hub.
+LOCAL_STAGES = tuple(stage for stage in STAGES if stage != "push")
 
 
 def state(run: Path, stage: str) -> dict:

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from linearize.convert import finetune, own_text, transfer
-from linearize.convert.context import STAGES, Context
+from linearize.convert.context import Context
 from linearize.convert.models import merged_model, model_after, save_weights
 from linearize.convert.own_text import own_prompts, own_texts
 from linearize.recipes.loader import load_recipe
 
-from .runs import FIGURES, converted, state
+from .runs import FIGURES, LOCAL_STAGES, converted, state
 
 
 def test_every_stage_finishes_and_the_table_is_shown(finished):
     run, printed, _ = finished
-    assert [state(run, stage)["status"] for stage in STAGES] == ["done"] * len(STAGES)
+    assert [state(run, stage)["status"] for stage in LOCAL_STAGES] == ["done"] * len(LOCAL_STAGES)
     shown = ["teacher (softmax)", "sliding window 64 + 4 sinks, untrained", "sliding window 16 + 2 sinks, untrained"]
     shown += ["installed", "after transfer", "after finetune", "local only", "linear only", "conv off", "linear state"]
     shown += ["a text of 32 tokens said again", "pass keys found in 100 tokens", "values recalled from 4 pairs"]
@@ -65,7 +65,7 @@ def test_second_convert_does_nothing(linearize, finished):
     run, _, recipe = finished
     files = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     printed = converted(linearize, recipe)
-    assert printed.count("finished before, skipped") == len(STAGES)
+    assert printed.count("finished before, skipped") == len(LOCAL_STAGES)
     assert files == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 

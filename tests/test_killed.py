@@ -11,10 +11,8 @@ import pytest
 import torch
 import yaml
 
-from linearize.convert.context import STAGES
-
 from .ranks import Ranks, Run
-from .runs import results, state, until
+from .runs import LOCAL_STAGES, results, state, until
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes for one core each")
 TRAINING = {"batch_size": 2, "length": 32, "save_every": 1, "lr": 1e-2}
@@ -44,7 +42,7 @@ def path(tiny_model, tmp_path_factory) -> Path:
 
 def begun(run: Run) -> list[str]:
     """The stages that a run has begun."""
-    return [line for line in run.text().splitlines() if line in STAGES]
+    return [line for line in run.text().splitlines() if line in LOCAL_STAGES]
 
 
 def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_path):
@@ -55,7 +53,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_pa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = {}
     run = ranks.start(2, "convert", path, "--out", whole)
-    for stage in STAGES:
+    for stage in LOCAL_STAGES:
         until(run, lambda stage=stage: stage in begun(run))
         began[stage] = time.monotonic()
     assert run.wait() == [0, 0], run.text()
@@ -63,7 +61,7 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_pa
     seconds = {stage: end - begin for (stage, begin), end in zip(began.items(), ends, strict=True)}
 
     kills, printed = Counter(), ""
-    while missing := [stage for stage in STAGES if kills[stage] < KILLS]:
+    while missing := [stage for stage in LOCAL_STAGES if kills[stage] < KILLS]:
         stage = missing[0]
         done = (killed / stage / "state.json").is_file() and state(killed, stage)["status"] == "done"
         run = ranks.start(2, "convert", path, "--out", killed, *(["--from", stage] if done else ["--resume"]))
