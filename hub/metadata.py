@@ -75,9 +75,9 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
     """The head of the card.
 
     Args:
-        metrics: stage -> its metrics.
+        metrics: stage -> its metrics, of the stages that were run.
     """
-    base_card = metrics["load"].get("card", {})
+    base_card = metrics.get("load", {}).get("card", {})
     base = base_model(recipe)
     datasets = list(dict.fromkeys(filter(None, map(hub_dataset, recipe.data.train))))
     measured = perplexities(recipe, metrics["evaluate"]) if "evaluate" in metrics else []
