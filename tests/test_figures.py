@@ -168,7 +168,7 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("name", COLOURS.keys() - {"grid"})
+@pytest.mark.parametrize("name", [name for name in COLOURS if name != "grid"])
 def test_colours_can_be_read_on_both_backgrounds(name):
     """4.5:1, as WCAG 2.2 wants it for text; the cards are a little off the page's white and black."""
     for colour, background in zip(COLOURS[name], ("#f6f8fa", "#151b23"), strict=True):
