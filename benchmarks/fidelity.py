@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from linearize.convert.evaluate import RESULTS, TEACHER, TUNED_TEACHER
+from linearize.convert.evaluate import RESULTS
+from linearize.hub.measured import TEACHER, TUNED_TEACHER
 
 SEED = ["seed=1"]
 # Finetuned on other sequences, so the teacher must be, too.

@@ -148,12 +148,12 @@ def layer_losses(metrics: dict) -> Figure | None:
     curves = {layer: values for layer, values in metrics.get("transfer", {}).get("loss_of_layer", {}).items() if values}
     if not curves:
         return None
-    steps = len(metrics["transfer"]["loss"])
+    # A layer that stopped before the others has fewer spans of the same length.
+    span = len(metrics["transfer"]["loss"]) / max(map(len, curves.values()))
     figure, (axes,) = _figure(1, 3.0)
     scale = matplotlib.colors.Normalize(0, max(map(int, curves)) or 1)
     for layer, values in curves.items():
-        spans = steps / len(values)
-        middle = [(i + 0.5) * spans + 0.5 for i in range(len(values))]
+        middle = [(i + 0.5) * span + 0.5 for i in range(len(values))]
         axes.plot(middle, values, color=DEPTH(scale(int(layer))), linewidth=1.1, label=f"layer {layer}")
     axes.set(xlabel="step", ylabel="loss of a layer")
     _scale(axes)

@@ -66,7 +66,7 @@ def hub(monkeypatch):
             assert self.path == "/api/validate-yaml"
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             found = problems(asked["content"]) if asked["repoType"] == "model" else ["repoType"]
-            body = "\n".join(found).encode()
+            body = "\n- ".join(["Invalid metadata in README.md.", *found]).encode()
             self.send_response(400 if found else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

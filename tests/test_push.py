@@ -103,7 +103,7 @@ def test_a_pushed_model_is_downloaded_and_generates_the_same(hub, linearize, run
     assert there == local(model) and sorted(hub.uploads()) == large(model)
     # Nobody sees half a model.
     assert len(repository.revisions["main"]) == 2
-    assert f'name = "{REPO}"' in card and "base_model: somebody/tiny" in card
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in card and "base_model: somebody/tiny" in card
     code = """
 import json, sys
 from transformers import AutoModelForCausalLM
