@@ -18,6 +18,9 @@ from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
 
 app = typer.Typer(
     help="Turn a pretrained softmax transformer into one with augmented linear attention.",
+    epilog="Begin with: linearize recipes; linearize recipes lora > mine.yaml; linearize check mine.yaml; "
+    "linearize convert mine.yaml",
+    context_settings={"max_content_width": 100},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -29,7 +32,8 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, such as transfer.steps=20.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Directory of the run instead of the recipe's output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Model = Annotated[Path, typer.Argument(help="An exported model, or the directory of a run.")]
+Model = Annotated[str, typer.Argument(help="A run's directory, an exported model's, or its id on the Hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that a model from the Hub brings.")]
 
 
 class BadInput(ValueError):
@@ -71,7 +75,10 @@ def convert(
     ] = "auto",
     gpus: Annotated[int | None, typer.Option(min=1, help="How many; without a GPU, so many on the CPU.")] = None,
 ):
-    """Run a recipe: load, install, transfer, finetune, medusa, evaluate, export, push."""
+    """Run a recipe, from checkpoint to published model.
+
+    Its stages are load, install, transfer, finetune, medusa, evaluate, export and push. Finished ones are skipped.
+    """
     context = _context(recipe, overrides, out)
     from linearize.convert.context import disk_errors_named
     from linearize.convert.launch import interruptions_named
@@ -120,7 +127,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="The directory of a run, finished or not.")],
     out: Annotated[Path | None, typer.Option(help="File instead of the run's own report.html.")] = None,
 ):
-    """Write a run's report again: one HTML file of what its stages have measured so far."""
+    """Write the report of a run again, as one HTML file.
+
+    Of what its stages have measured so far.
+    """
     if out is not None:
         _check_report(out)
     _quieten()
@@ -146,7 +156,10 @@ def _check_report(out: Path) -> None:
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None, json: Json = False):
-    """Validate a recipe and print what it will do and need; no weights are read."""
+    """Say what a recipe will do and need.
+
+    It is validated, the model's configuration and the beginning of the data are read, but no weights.
+    """
     context = _context(recipe, overrides, None, quiet=json)
     from dataclasses import asdict
 
@@ -185,66 +198,24 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
     console.print(table)
 
 
-def _model_directory(directory: Path) -> Path:
-    """The exported model in a run's directory, or the directory itself.
-
-    Raises:
-        BadInput: there is none.
-    """
-    for candidate in (directory / "export" / "model", directory):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise BadInput(f"{directory}: holds no exported model; run linearize convert, or name a model's directory")
-
-
-def _is_linear(path: Path) -> bool:
-    return "linear_attention" in json_module.loads((path / "config.json").read_text("utf-8"))
-
-
-def _has_heads(path: Path) -> bool:
-    return "medusa" in json_module.loads((path / "config.json").read_text("utf-8"))
-
-
-def _check_heads(path: Path) -> None:
-    if not _has_heads(path):
-        raise BadInput(f"{path}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")
-
-
-def _load(path: Path, dtype: str = "auto"):
-    """Model and tokenizer of a model's directory; code is run from linearized ones alone."""
-    linear = _is_linear(path)
-    _quieten()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from linearize.convert.sources import READ_ERRORS, check_weights, first_line
-
-    try:
-        check_weights(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=linear)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=linear, dtype=dtype).eval()
-    except READ_ERRORS as error:
-        raise BadInput(f"{path}: cannot be loaded: {first_line(error)}") from error
-    return model.cuda() if torch.cuda.is_available() else model, tokenizer
-
-
 @app.command()
 def chat(
     model: Model,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and stop.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     speculative: Annotated[bool, typer.Option("--speculative", help="Draft with the model's Medusa heads.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ):
-    """Talk to an exported model; greedy, streamed."""
-    from linearize.convert.chat import reply
+    """Talk to an exported model.
 
-    path = _model_directory(model)
-    if not _is_linear(path):
-        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
-    if speculative:
-        _check_heads(path)
-    loaded, tokenizer = _load(path)
+    Greedy, streamed; without --prompt it goes on until the end of input.
+    """
+    _quieten()
+    from linearize.convert.chat import reply
+    from linearize.convert.exported import find
+
+    loaded, tokenizer = find(model, trust_remote_code, heads=speculative).load()
     messages = []
     while True:
         if prompt is None:
@@ -287,16 +258,18 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     speculative: Annotated[bool, typer.Option("--speculative", help="Draft with the model's Medusa heads.")] = False,
+    trust_remote_code: Trust = False,
 ):
-    """Answer the prompts of a file, many at once, as JSON Lines: prompt number, text, tokens, forward passes."""
-    path = _model_directory(model)
-    if not _is_linear(path):
-        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
-    if speculative:
-        _check_heads(path)
+    """Answer the prompts of a file, many at once.
+
+    As JSON Lines: prompt number, text, tokens, forward passes.
+    """
     if typical is not None and not (speculative and temperature):
         raise BadInput("--typical is for sampling with guesses: add --speculative and a --temperature above 0")
-    loaded, tokenizer = _load(path)
+    _quieten()
+    from linearize.convert.exported import find
+
+    loaded, tokenizer = find(model, trust_remote_code, heads=speculative).load()
     import torch
 
     from linearize.convert.bench import answers, read_prompts
@@ -323,31 +296,33 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts alone.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     teacher: Annotated[
-        Path | None, typer.Option(help="The softmax model's directory, to be decoded beside by transformers.")
+        str | None, typer.Option(help="The softmax model, likewise, to be decoded beside by transformers.")
     ] = None,
     tree: Annotated[
         Path | None,
         typer.Option(help="JSON list of paths of ranks, 10 for a copy, instead of the model's own tree.", exists=True),
     ] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ):
-    """Measure how fast a model generates, greedily, and with its Medusa heads: is the text the same?"""
+    """Measure how fast an exported model generates.
+
+    Greedily, and with its Medusa heads: is the text the same?
+    """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise BadInput(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
-    path = _model_directory(model)
-    if not _is_linear(path):
-        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
-    loaded, tokenizer = _load(path, dtype)
-    softmax = None if teacher is None else _load(_model_directory(teacher), dtype)[0]
+    _quieten()
     from linearize.convert.bench import compare, draft_with, read_prompts, table
+    from linearize.convert.exported import find
 
+    exported = find(model, trust_remote_code, heads=tree is not None)
+    loaded, tokenizer = exported.load(dtype)
+    softmax = None if teacher is None else find(teacher, linear=False).load(dtype)[0]
     if tree is not None:
-        _check_heads(path)
         draft_with(loaded, tree)
-
     asked, results = read_prompts(prompts, tokenizer, limit), {}
     for size in batch or [1]:
-        results[size] = compare(loaded, asked, size, max_new_tokens, _has_heads(path), softmax)
+        results[size] = compare(loaded, asked, size, max_new_tokens, exported.has_heads, softmax)
     if json:
         print(json_module.dumps({"model": loaded.config.to_dict().get("medusa"), "results": results}, indent=2))
     else:
@@ -373,7 +348,10 @@ def import_(
     ] = None,
     softmax_layer: Annotated[list[int] | None, typer.Option(min=0, help="Not converted; may be repeated.")] = None,
 ):
-    """Make an exported model of checkpoints that LoLCATs or Linearized-LLM published."""
+    """Take over what LoLCATs or Linearized-LLM published.
+
+    Their checkpoints and the base model become an exported model.
+    """
     for name, value, choices in (
         ("format", format, (None, "lolcats", "linearized-llm")),
         ("window", window, (None, "terrace", "sliding")),
@@ -392,7 +370,7 @@ def import_(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="An exported model, the directory of a run, or a softmax model's.")],
+    model: Annotated[str, typer.Argument(help="A run's directory, a model's, linear or softmax, or its Hub id.")],
     data: Annotated[str, typer.Option(help="builtin:heldout, a local file or a dataset's Hub id.")] = "builtin:heldout",
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 8192,
     lengths: Annotated[list[int] | None, typer.Option(min=2, help="Of the windows, 1024; may be repeated.")] = None,
@@ -400,9 +378,13 @@ def evaluate(
     passkey: Annotated[list[int] | None, typer.Option(min=1, help="Tokens around a pass key; likewise.")] = None,
     recall: Annotated[list[int] | None, typer.Option(min=1, help="Number of key: value pairs; likewise.")] = None,
     speed: Annotated[list[int] | None, typer.Option(min=1, help="Tokens of context to be timed after.")] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ):
-    """Measure a model on held-out data, a linearized one also without each branch; see evaluate in a recipe."""
+    """Measure what a model keeps: perplexity, recall, memory.
+
+    On held-out data, a linearized model also without each of its branches; as a recipe's section evaluate says.
+    """
     from pydantic import ValidationError
 
     from linearize.recipes.evaluation import EvaluateSection
@@ -423,7 +405,10 @@ def evaluate(
         )
     except ValidationError as error:
         raise BadInput(f"--{error.errors()[0]['ctx']['error']}") from None
-    loaded, tokenizer = _load(_model_directory(model))
+    _quieten()
+    from linearize.convert.exported import find
+
+    loaded, tokenizer = find(model, trust_remote_code, linear=False).load()
     from linearize.convert.data import token_stream
     from linearize.convert.evaluate import evaluate_model
     from linearize.convert.report import results_table
@@ -441,7 +426,7 @@ def evaluate(
 
 @app.command()
 def push(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="A run's directory, or an exported model's.")],
     repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, created where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private one.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, created from main where there is none.")] = None,
@@ -449,7 +434,10 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent; change nothing.")] = False,
     json: Json = False,
 ):
-    """Publish an exported model on the Hugging Face Hub; after an interruption, only what is missing is sent."""
+    """Publish an exported model on the Hugging Face Hub.
+
+    After an interruption, only what is missing is sent.
+    """
     from pydantic import ValidationError
 
     from linearize.recipes.schema import PushSection
@@ -459,21 +447,16 @@ def push(
     except ValidationError as error:
         problem = error.errors()[0]
         raise BadInput(f"{problem['loc'][0]}: {problem['msg'].removeprefix('Value error, ')}") from None
-    path = _model_directory(model)
-    if not _is_linear(path):
-        raise BadInput(f"{path}: is not a linearized model; run linearize convert first")
     _quieten()
     from dataclasses import asdict
 
-    from linearize.convert.sources import check_weights
+    from linearize.convert.exported import find
     from linearize.hub import push as hub
 
+    exported = find(model, on_hub=False)
+    exported.check()
     try:
-        check_weights(path)
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-    try:
-        found = hub.plan(path, section) if dry_run else hub.push(path, section, progress=not json)
+        found = hub.plan(exported.path, section) if dry_run else hub.push(exported.path, section, progress=not json)
     except hub.PushError as error:
         raise BadInput(str(error)) from error
     if json:
@@ -486,7 +469,7 @@ def push(
 
 @app.command()
 def env(json: Json = False):
-    """Versions, devices, and which backends are used."""
+    """Show versions, devices, and which kernels are used."""
     from linearize.convert.environment import environment
 
     facts = environment()

@@ -14,12 +14,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import linearize as package
 from linearize.recipes.loader import load_recipe
 
+from . import published
 from .conftest import Result
 
 ROOT = Path(package.__file__).parent
@@ -59,10 +61,13 @@ def model(tiny_model, tmp_path_factory) -> Path:
 class Reader:
     """Somebody who types what a page says into an empty directory that holds models and texts of these names."""
 
-    def __init__(self, directory: Path, linearize, model: Path, finished: Path):
+    def __init__(self, directory: Path, linearize, model: Path, tiny_model: Path, finished: Path):
         self.directory, self.linearize = directory, linearize
         (directory / "meta-llama").mkdir()
         (directory / "meta-llama" / "Llama-3.2-1B").symlink_to(model)
+        (directory / "meta-llama" / "Llama-3.1-8B").symlink_to(tiny_model)
+        torch.save(published.maps(), directory / "lolcats-distill.pt")
+        torch.save(published.prefixed(published.adapters(), published.PEFT + "model."), directory / "lolcats-ft.pt")
         (directory / "runs").mkdir()
         (directory / "runs" / "demo").symlink_to(finished)
         (directory / "notes.txt").write_text("What is written here is about rivers .\n" * 9, "utf-8")
@@ -86,6 +91,9 @@ class Reader:
             torchrun = [sys.executable, "-m", "torch.distributed.run"]
             done = subprocess.run([*torchrun, *words[1:]], capture_output=True, text=True)
             result = Result(done.returncode, done.stdout, done.stderr)
+        elif words[:2] == ["hf", "download"]:
+            (self.directory / words[4]).symlink_to(self.directory / words[2])
+            result = Result(0, "", "")
         elif words[0] == "make":
             makefile = (ROOT / "Makefile").read_text("utf-8")
             result = Result(*(int(f"\n{words[1]}:" not in makefile), "", "no such target"))
@@ -111,12 +119,12 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_says_runs(page, linearize, model, finished, tmp_path, monkeypatch):
+def test_what_a_page_says_runs(page, linearize, model, tiny_model, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Nobody answers.
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    reader = Reader(tmp_path, linearize, model, finished[0])
+    reader = Reader(tmp_path, linearize, model, tiny_model, finished[0])
     for language, text in blocks(page):
         if language == "bash":
             for line in filter(None, text.splitlines()):

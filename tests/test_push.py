@@ -124,6 +124,27 @@ for source in sys.argv[1:]:
     assert list(home.rglob("model.safetensors")) and list(home.rglob("modeling_linearized.py"))
 
 
+def test_verbs_take_a_model_of_the_hub(hub, linearize, run, tmp_path):
+    pushed(linearize, run, REPO)
+
+    def chat(model, *arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "linearize.cli", "chat", model, "--prompt", "Which river ?", "--json"]
+        home = tmp_path / "home"
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment(hub, home))
+
+    refused = chat(REPO)
+    assert refused.returncode == 2 and refused.stderr == (
+        f"linearize: {REPO}: brings code of its own, which is run with --trust-remote-code alone; read it first, at "
+        f"{hub.url}/{REPO}/tree/main\n"
+    )
+    assert not [*(tmp_path / "home").rglob("*.safetensors")]
+    answer = chat(REPO, "--trust-remote-code")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout) == json.loads(chat(run).stdout)
+    missing = chat("somebody/nothing")
+    assert missing.returncode == 2 and missing.stderr.startswith("linearize: somebody/nothing: cannot be used: ")
+
+
 def test_a_second_push_updates(hub, linearize, run, sharded):
     pushed(linearize, run, REPO)
     before = len(hub.uploads())
