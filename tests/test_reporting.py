@@ -1,6 +1,9 @@
 """Curves while a stage trains: what integrations show is what the run records, once, from one process."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -73,6 +76,20 @@ def test_one_process_of_two_reports(ranks, recipe, tmp_path):
     assert len([*logs.iterdir()]) == 1
     losses = [value for _, value in shown(logs)["train/loss_of_layer/1"]]
     assert losses == pytest.approx(state(tmp_path / "run", "transfer")["metrics"]["loss_of_layer"]["1"], rel=1e-6)
+
+
+def test_trackio_needs_no_server(recipe, tmp_path):
+    path = recipe(finetune=None, medusa=None, evaluate=None, export=None)
+    command = [sys.executable, "-m", "linearize.cli", "convert", path, "report_to=[trackio]"]
+    # It looks for its directory when it is imported.
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    read = "import json, trackio; print(json.dumps(trackio.SQLiteStorage.get_logs('tiny', 'tiny/transfer')))"
+    told = subprocess.run([sys.executable, "-c", read], check=True, env=environment, capture_output=True, text=True)
+    steps = [step for step in json.loads(told.stdout.splitlines()[-1]) if "train/loss" in step]
+    metrics = state(tmp_path / "run", "transfer")["metrics"]
+    assert [step["train/loss"] for step in steps] == metrics["loss"]
+    assert [step["train/loss_of_layer/0"] for step in steps] == metrics["loss_of_layer"]["0"]
 
 
 def test_what_is_not_there(linearize, recipe, tmp_path):
