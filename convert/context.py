@@ -25,6 +25,7 @@ from linearize.recipes.schema import Recipe, package_file
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "load": ("model.source", "model.revision", "model.dtype", "model.tokenizer"),
     "install": ("attention", "keep"),
+    # Heads' errors are measured on held-out text, too, but for another one nobody trains again.
     "transfer": ("transfer", "data.train", "seed"),
     "finetune": ("finetune", "data.train", "seed"),
     "medusa": ("medusa", "data", "evaluate.tokens", "seed"),

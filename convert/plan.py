@@ -19,6 +19,7 @@ from linearize.convert.data import check_tokenizer, documents, packed, problems_
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
+from linearize.convert.reporting import check_reporting
 from linearize.layers.attention import LinearAttention
 from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
@@ -110,6 +111,7 @@ def make_plan(context: Context) -> Plan:
 
 
 def _make_plan(recipe: Recipe) -> Plan:
+    check_reporting(recipe.report_to)
     source = sources.locate(recipe.model.source, recipe.model.revision)
     config = sources.load_config(source)
     try:

@@ -20,7 +20,11 @@ from linearize.convert.context import Context, StageError
 from linearize.convert.data import problems_named
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
+from linearize.convert.reporting import reporters
 from linearize.recipes.training import Training
+
+# In a stage's directory, what integrations write.
+LOGS = "logs"
 
 
 def label_weights(labels: Tensor) -> Tensor:
@@ -118,7 +122,7 @@ class StageTrainer(Trainer):
                 f"({self.args.learning_rate:g} now) or more warmup_steps"
             )
         if "loss" in logs:
-            logs |= self._parts()
+            logs |= self._parts() | self._learning_rates(logs["learning_rate"])
         super().log(logs, *arguments)
 
     def _parts(self) -> dict[str, float]:
@@ -129,6 +133,12 @@ class StageTrainer(Trainer):
         named = dict(zip(self.objective.parts, processes.mean(means).tolist(), strict=True))
         self.objective.parts.clear()
         return named
+
+    def _learning_rates(self, first: float) -> dict[str, float]:
+        """Of all groups of parameters, by their peaks, where these differ; `first` is that of the first group."""
+        peaks = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        # They follow one schedule.
+        return {f"learning_rate/{peak:g}": first / peaks[0] * peak for peak in peaks} if len({*peaks}) > 1 else {}
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -221,10 +231,10 @@ def train(
             objective,
             learning_rates or {},
             model=trained,
-            args=_arguments(context, directory, objective, section),
+            args=_arguments(context, stage, objective, section),
             train_dataset=data,
             data_collator=itemgetter(0),
-            callbacks=[progress],
+            callbacks=[progress, *reporters(context.recipe.report_to, directory / LOGS)],
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -235,11 +245,11 @@ def train(
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _arguments(context: Context, directory: Path, objective: Objective, section: Training) -> TrainingArguments:
+def _arguments(context: Context, stage: str, objective: Objective, section: Training) -> TrainingArguments:
     """Trainer's, of a process's share of `section`."""
     deepspeed = getattr(section, "deepspeed", None)
     arguments = TrainingArguments(
-        output_dir=str(directory / "checkpoints"),
+        output_dir=str(context.stage_directory(stage) / "checkpoints"),
         max_steps=section.steps,
         # An item of the data is a whole micro batch.
         per_device_train_batch_size=1,
@@ -260,7 +270,10 @@ def _arguments(context: Context, directory: Path, objective: Objective, section:
         save_steps=section.save_every,
         logging_steps=1,
         logging_nan_inf_filter=False,
+        # Callbacks that are given report.
         report_to="none",
+        project=context.recipe.name,
+        run_name=f"{context.recipe.name}/{stage}",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=context.device.type == "cuda",

@@ -3,6 +3,9 @@
 The function computes the softmax output from the very q, k, v that it is given, runs the linear layer under
 `enable_grad`, calls backward at once, and hands the softmax output on. So there is one model in memory, gradients
 of one layer at a time, and every layer sees the teacher's inputs.
+
+The stage's metrics: `loss` of every step, `loss_of_layer` (`losses_of_layers`), `last_loss_of_layer`, and, when the
+layers have learned, `error_of_head` (`errors_of_heads`).
 """
 
 import shutil

@@ -264,11 +264,14 @@ class Recipe(Section):
         name: of the converted model.
         output: directory for the stages' results. Relative paths are relative to the working directory.
         seed: of every random number generator.
+        report_to: what shows losses and learning rates while a stage trains: `trackio`, `tensorboard`, `wandb` or
+            another of transformers' integrations. No result depends on it.
     """
 
     name: Text = "linearized"
     output: Text
     seed: Annotated[int, Field(ge=0)] = 0
+    report_to: Annotated[list[Text], Listed] = []
     model: ModelSection
     attention: AttentionSection = AttentionSection()
     keep: Annotated[KeepSection | None, Field(validate_default=True)] = None

@@ -37,7 +37,7 @@ def test_seconds_are_those_of_the_context_and_of_one_token(model, monkeypatch, k
     own, ids = model.generation_config, random_ids(100)
     found = speed.speed(model, ids)
     assert (found["prefill_seconds"], found["decode_seconds"]) == (100, 1)
-    assert read == ([100] + ([100] + [1] * speed.DECODED) * (speed.RUNS - 1))
+    assert read == ([100] + ([100] + [1] * speed.DECODED) * speed.REPEATS)
     assert model.generation_config is own
 
     cache = DynamicCache(config=model.config) if kind == "softmax" else LinearCache(model)
