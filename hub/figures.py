@@ -102,14 +102,16 @@ def _tokens(count: float) -> str:
     return f"{count / 1024:g}k" if count >= 1024 and count % 512 == 0 else f"{count:g}"
 
 
-def _scale(axes: Axes) -> None:
-    """Logarithmic where numbers differ by much; ticks are plain numbers."""
+def _scale(axes: Axes, from_zero: bool = False) -> None:
+    """Logarithmic where numbers differ by much; ticks are plain numbers. `from_zero`: otherwise 0 is seen."""
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     if values.min() > 0 and values.max() > 4 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.yaxis.set_minor_locator(NullLocator())
+    elif from_zero:
+        axes.set_ylim(0, 1.08 * values.max())
 
 
 def means(values: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
@@ -292,8 +294,8 @@ def _by_context(metrics: dict, panels: dict[str, tuple[str, float, str]]) -> Fig
             if points:
                 axes.plot(*zip(*sorted(points.items()), strict=True), **look)
         _lengths(axes, map(int, sizes))
-        axes.set(title=title, xlabel="tokens of context", ylabel=unit, ylim=(0, None))
-        _scale(axes)
+        axes.set(title=title, xlabel="tokens of context", ylabel=unit)
+        _scale(axes, from_zero=True)
     _legend(figure, drawn)
     return figure
 

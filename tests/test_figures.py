@@ -105,6 +105,10 @@ def test_speed_and_memory_are_in_readable_units(drawn):
     (memory,) = drawn["memory"].axes
     assert [megabytes for _, megabytes in points(memory)[WINDOW]] == [1.0, 1.0, 1.0]
     assert list(points(memory)) == DRAWN
+    # From 1 to 21 MiB, and from 10 to 10.2 ms.
+    assert (memory.get_yscale(), decode.get_yscale()) == ("log", "linear")
+    assert 0.5 < memory.get_ylim()[0] < 1 and 21 < memory.get_ylim()[1] < 50
+    assert decode.get_ylim()[0] == 0 and 10.2 < decode.get_ylim()[1] < 12
 
 
 def test_tree_has_its_nodes_by_where_their_guess_is_from(drawn):
