@@ -23,7 +23,6 @@ ORIGIN = "# Copied from linearize {version}, layers/{path}.\n"
 
 TEMPLATE = '''"""{base} with augmented linear attention."""
 
-import transformers
 from transformers import {config}, {base}
 
 from .{prefix}kernels import BACKENDS, triton_kernels
@@ -44,13 +43,13 @@ except ImportError:
 class Linearized{config}({config}):
     model_type = "linearized_{model_type}"
 
+    def save_pretrained(self, *args, **kwargs):
+        self.architectures = {architectures}
+        super().save_pretrained(*args, **kwargs)
+
 
 class Linearized{base}(LinearizedMixin, {base}):
     config_class = Linearized{config}
-
-
-# `transformers serve` looks for a configuration's architecture there, and nowhere else.
-transformers.Linearized{base} = Linearized{base}
 '''
 
 # transformers puts this in the place of a loaded model's `generate`, whether asked for or not.
@@ -99,7 +98,7 @@ def export_model(
     config_class = type(model.config).__name__
     model_type = config["model_type"]
     config["model_type"] = f"linearized_{model_type}"
-    config["architectures"] = [f"Linearized{base.__name__}"]
+    config["architectures"] = architectures(base.__name__)
     config["auto_map"] = {
         "AutoConfig": f"{MODULE}.Linearized{config_class}",
         "AutoModelForCausalLM": f"{MODULE}.Linearized{base.__name__}",
@@ -128,9 +127,15 @@ def export_model(
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def architectures(base: str) -> list[str]:
+    """What `transformers serve` and others look for in transformers, and nowhere else, is the first one."""
+    return ["AutoModelForCausalLM", f"Linearized{base}"]
+
+
 def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
     """File name -> text of the code that a directory carries."""
-    names = {"base": base, "config": config, "model_type": model_type}
+    found = json.dumps(architectures(base))
+    names = {"base": base, "config": config, "model_type": model_type, "architectures": found}
     code = {f"{MODULE}.py": TEMPLATE.format(**names, prefix=PREFIX, version=__version__)}
     root = Path(linearize.layers.__file__).parent
     for file in sorted(root.rglob("*.py")):

@@ -147,6 +147,8 @@ def test_saved_again(exported, expected, tmp_path):
     load(exported).save_pretrained(tmp_path)
     again = load(tmp_path)
     assert_same_behaviour(again, expected, IDS)
+    # `transformers serve` loads it by this one.
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"][0] == "AutoModelForCausalLM"
     again.save_pretrained(tmp_path)
     assert_same_behaviour(load(tmp_path), expected, IDS)
     written = again.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY, custom_generate=str(tmp_path),
