@@ -43,7 +43,7 @@ Nothing was trained to make this model. `linearize import` merged into one what 
 - base: {base}
 {checkpoints}
 
-{adapters} What is computed is their formula, {groups}the same in training, prefill and decoding.
+{about} What is computed is their formula, {groups}the same in training, prefill and decoding.
 
 ```yaml
 attention:
@@ -78,18 +78,18 @@ def imported_card(name: str, base: str, checkpoints: list[str], published: Publi
     """
     hub_base = None if Path(base).exists() else base
     config = published.config
-    adapters = "They held no LoRA adapters: this is attention transfer alone."
+    about = [f"Left out: {what}." for what in published.left_out]
     if published.adapters:
         ranks = sorted({len(A) for A, _ in published.adapters.values()})
         scale = "twice the rank" if alpha is None else f"{alpha:g}"
-        adapters = f"LoRA adapters of rank {', '.join(map(str, ranks))} are merged with alpha {scale}."
-    elif published.weights:
-        adapters = "Weights of the base that they held have taken its place."
+        about.append(f"LoRA adapters of rank {', '.join(map(str, ranks))} are merged with alpha {scale}.")
+    if published.weights:
+        about.append(f"{len(published.weights)} of the base's weights were trained themselves.")
     sections = IMPORTED.format(
         paper=PAPERS[published.format],
         base=hub_base or Path(base).name,
         checkpoints="\n".join(f"- {Path(path).name if Path(path).exists() else path}" for path in checkpoints),
-        adapters=adapters,
+        about=" ".join(about),
         groups="in groups counted from the text's beginning, " if config.window in ("block", "terrace") else "",
         attention=textwrap.indent(yaml.safe_dump(config.to_dict(), sort_keys=False), "  "),
     )
