@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize.convert import sources
 from linearize.convert.context import StageError
@@ -25,6 +25,7 @@ from linearize.hub.published import (
     window_of,
 )
 from linearize.layers.seam import UnsupportedModelError, head_shapes, install
+from linearize.recipes.schema import ModelSection
 
 
 def import_published(
@@ -53,15 +54,15 @@ def import_published(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StageError(f"{out}: is there already; name an empty directory by --out, or remove it")
-    source = sources.locate(base)
     try:
+        source = sources.locate(base)
         of_base = _describe(source)
         files = [file for checkpoint in checkpoints for file in files_of(_on_disk(checkpoint))]
         named_window, named_size = window_of(files)
         result = published(
             gather(files), of_base, format, window or named_window, window_size or named_size, softmax_layers
         )
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
+        tokenizer = sources.load_tokenizer(ModelSection(source=base))
         model = sources.load_model(source, "auto")
     except (*sources.READ_ERRORS, UnsupportedModelError) as error:
         raise StageError(sources.first_line(error).replace("model.source:", "--base:")) from error
@@ -96,10 +97,10 @@ def _on_disk(checkpoint: str) -> Path:
 
 
 def _describe(source: sources.Source) -> Base:
-    """The base's heads and weights; none is read.
+    """The base's heads and weights; of a directory, headers alone are read.
 
     Raises:
-        ValueError: its modules are not named as Llama's and Mistral's are.
+        ValueError: its modules are not named as Llama's and Mistral's are, or a file of its weights is damaged.
     """
     config = sources.load_config(source)
     try:
@@ -114,6 +115,8 @@ def _describe(source: sources.Source) -> Base:
             f"--base: {source.path} is a {type(model).__name__}, which has no {name}; what is imported goes with "
             "models that name their modules as Llama and Mistral do"
         )
+    if Path(source.path).is_dir():
+        sources.check_weights(Path(source.path))
     return Base(source.path, head_shapes(model), shapes)
 
 

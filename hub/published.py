@@ -79,13 +79,13 @@ class Published:
     """What checkpoints make of their base.
 
     Attributes:
-        format: whose they are.
+        format: whose they are, in `NAMES`.
         config: of the layer.
         kept: layer -> key heads that stay softmax.
         attention: layer -> name of a parameter of its `LinearAttention` -> value.
         adapters: name of a weight of the base [out, in] -> A [r, in] and B [out, r].
         weights: name of a weight of the base -> what takes its place.
-        left_out: what the checkpoints do not hold, for the user to know.
+        left_out: what checkpoints of this kind may hold, and these do not.
     """
 
     format: Format
@@ -106,7 +106,7 @@ class Saved:
     value: Tensor
 
     def expect(self, shape: Iterable[int | None], base: Base) -> Tensor:
-        """The tensor, in single precision.
+        """The tensor.
 
         Raises:
             PublishedError: it has not this shape, in which None stands for any size.
@@ -115,7 +115,7 @@ class Saved:
         if len(found) != len(shape) or any(size not in (None, n) for size, n in zip(shape, found, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise PublishedError(f"{self.file}: {self.key} is {list(found)}, but {base.name} needs [{wanted}]")
-        return self.value.detach().float()
+        return self.value.detach()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -227,11 +227,11 @@ def published(
     linear = [layer for layer in base.heads if layer not in kept]
     if not linear or len(kept) < len(set(softmax_layers)):
         raise PublishedError(f"softmax layers: some of layers 0 to {len(base.heads) - 1} of {base.name}, but not all")
-    sizes = {"window_size": window_size}
     if format == "lolcats":
-        result = _lolcats(attention, linear, base, replace(PRESETS["lolcats"], window=window, **sizes))
+        config = replace(PRESETS["lolcats"], window=window, window_size=window_size)
+        result = _lolcats(attention, linear, base, config)
     else:
-        result = _linearized_llm(attention, linear, base, replace(PRESETS["augmented-relu2"], **sizes))
+        result = _linearized_llm(attention, linear, base, replace(PRESETS["augmented-relu2"], window_size=window_size))
     result.kept = kept
     for name, halves in adapters.items():
         shape = base.weights[name]
@@ -240,12 +240,9 @@ def published(
                 other = next(iter(halves.values()))
                 raise PublishedError(f"{other.file}: {other.key} is half of an adapter; lora_{half} is missing")
         rank = len(halves["A"].value)
-        result.adapters[name] = (
-            halves["A"].expect((rank, shape[1]), base), halves["B"].expect((shape[0], rank), base)
-        )  # fmt: skip
-    for name, tensor in weights.items():
-        tensor.expect(base.weights[name], base)
-        result.weights[name] = tensor.value
+        A, B = halves["A"].expect((rank, shape[1]), base), halves["B"].expect((shape[0], rank), base)
+        result.adapters[name] = A.float(), B.float()
+    result.weights = {name: tensor.expect(base.weights[name], base) for name, tensor in weights.items()}
     if not adapters and not weights:
         result.left_out.append("LoRA adapters: this is attention transfer alone")
     return result
@@ -320,7 +317,7 @@ def _collect(
     found = {}
     for layer in layers:
         heads, _, dim = base.heads[layer]
-        found[layer] = having[layer].expect(shape(heads, dim), base)
+        found[layer] = having[layer].expect(shape(heads, dim), base).float()
     for layer, value in found.items():
         if value.shape != found[layers[0]].shape:
             raise PublishedError(
@@ -349,15 +346,14 @@ def _lolcats(
         some = next(iter(next(iter(attention.values())).values()))
         raise PublishedError(f"{some.file}: holds {some.key}, but no feature_map_q.mlp.layer; name all its files")
     # One map for both is saved once.
-    tied = not maps["k"]
-    if tied:
+    if not maps["k"]:
         maps["k"], biases["k"] = maps["q"], biases["q"]
     if bool(biases["q"]) != bool(biases["k"]) or maps["q"][layers[0]].shape != maps["k"][layers[0]].shape:
         raise PublishedError(f"layer {layers[0]}: the feature maps of q and k differ in shape")
     heads, kv_heads, _ = base.heads[layers[0]]
     columns = maps["q"][layers[0]].shape[-1]
     config = replace(
-        windowed if gates else replace(PRESETS["hedgehog"], slack=windowed.slack),
+        windowed if gates else PRESETS["hedgehog"],
         feature_map="t2r" if biases["q"] else "hedgehog",
         feature_dim=columns if biases["q"] else 2 * columns,
         key_maps="key_head" if heads == kv_heads else "query_head",

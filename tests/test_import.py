@@ -1,6 +1,7 @@
 """Published checkpoints: the imported model computes the published formula, and what does not fit is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -407,6 +408,22 @@ def test_bases_that_do_not_fit(refused, tmp_path):
     AutoConfig.for_model("t5").save_pretrained(t5)
     line = refused(DISTILLED, base=t5)
     assert line.startswith("--base: ") and "T5Config" in line
+
+
+def test_damaged_bases(refused, base, tmp_path):
+    for name, damage, sentence in [
+        ("untold", lambda directory: (directory / "tokenizer.json").unlink(), "--base: no tokenizer at "),
+        ("lost", lambda directory: (directory / "model.safetensors").unlink(), "holds no weights (*.safetensors)"),
+        ("cut", lambda directory: cut(directory / "model.safetensors"), "model.safetensors is not a whole safetensors"),
+    ]:
+        directory = tmp_path / name
+        shutil.copytree(base, directory)
+        damage(directory)
+        assert sentence in refused(DISTILLED, base=directory)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
 
 
 def test_out_that_is_there(refused, tmp_path):
