@@ -164,12 +164,19 @@ def _model_directory(directory: Path) -> Path:
     raise BadInput(f"{directory}: holds no exported model; run linearize convert, or name a model's directory")
 
 
+def _config(path: Path) -> dict:
+    try:
+        return json_module.loads((path / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path / 'config.json'}: is no JSON ({error})") from error
+
+
 def _is_linear(path: Path) -> bool:
-    return "linear_attention" in json_module.loads((path / "config.json").read_text("utf-8"))
+    return "linear_attention" in _config(path)
 
 
 def _has_heads(path: Path) -> bool:
-    return "medusa" in json_module.loads((path / "config.json").read_text("utf-8"))
+    return "medusa" in _config(path)
 
 
 def _check_heads(path: Path) -> None:
