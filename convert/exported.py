@@ -75,7 +75,10 @@ def find(
         raise StageError(f"{model}: holds no exported model; run linearize convert, or name a model's directory")
     with _problems_named(model):
         file = Path(hf_hub_download(model, CONFIG)) if local is None else local / CONFIG
+    try:
         config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise StageError(f"{file}: is no JSON ({error})") from error
     exported = Exported(model, file.parent, "linear_attention" in config, "medusa" in config)
     if linear and not exported.is_linear:
         raise StageError(f"{model}: is not a linearized model; run linearize convert first")

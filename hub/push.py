@@ -11,12 +11,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, metadata_load
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from rich.console import Group
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from linearize import __version__
 from linearize.hub.card import card_for
-from linearize.hub.repository import CARD, CONFIG, PushError, Repository, answers_named, hub_api, identity, look
+from linearize.hub.repository import CARD, CONFIG, PushError, Repository, answers_named, hub_api, look, read_identity
 from linearize.layers.speculative import HEADS_FILE
 from linearize.recipes.schema import PushSection
 
@@ -49,13 +49,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push would do; the fields are those of `Repository`."""
+    """What a push would do; the fields are those of `Repository`, and whether it would open a pull request."""
 
     name: str
     exists: bool
     private: bool | None
     revision: str
     new_branch: bool
+    create_pr: bool
     files: list[Change]
 
 
@@ -82,7 +83,10 @@ def read_exported(directory: Path) -> tuple[dict[str, Any], str]:
     for name in needed:
         if not (directory / name).is_file():
             raise PushError(f"{directory}: is not a whole model, {name} is missing; export it again")
-    return identity(config, metadata_load(directory / CARD)), (directory / CARD).read_text("utf-8")
+    try:
+        return read_identity(directory / CONFIG, directory / CARD)[0], (directory / CARD).read_text("utf-8")
+    except ValueError as error:
+        raise PushError(f"{directory}: its {CONFIG} or {CARD} cannot be read ({error})") from error
 
 
 def plan(directory: Path, section: PushSection) -> Plan:
@@ -101,15 +105,16 @@ def plan(directory: Path, section: PushSection) -> Plan:
         found.append(Change(path, size, _storage(lfs), "unchanged" if same else "changed" if there else "new"))
     for path in _stale(directory, repository):
         found.append(Change(path, 0, _storage(repository.files[path].lfs), "removed"))
-    known = {field.name: getattr(repository, field.name) for field in fields(Plan) if field.name != "files"}
-    return Plan(**known, files=found)
+    branch = (repository.revision, repository.new_branch, section.create_pr)
+    return Plan(repository.name, repository.exists, repository.private, *branch, found)
 
 
 def plan_table(plan: Plan) -> Group:
     """A plan for people."""
     state = "exists" if plan.exists else "would be created"
     visible = {True: "private", False: "public", None: "public, unless its owner's settings say otherwise"}
-    branch = f"branch {plan.revision}{', which would be created' if plan.new_branch else ''}"
+    branch = f"{'pull request to' if plan.create_pr else 'branch'} {plan.revision}"
+    branch += ", which would be created" if plan.new_branch else ""
     table = Table("file")
     table.add_column("size", justify="right")
     table.add_column("kept as")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, constants, metadata_load
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -82,7 +83,7 @@ def identity(config: dict[str, Any], metadata: dict[str, Any] | None) -> dict[st
         metadata: of the card.
 
     Raises:
-        ValueError: the configuration is none.
+        ValueError: transformers cannot read the configuration.
     """
     family = str(config.get("model_type")).removeprefix("linearized_")
     found = {"model_type": family}
@@ -95,7 +96,22 @@ def identity(config: dict[str, Any], metadata: dict[str, Any] | None) -> dict[st
         found = {"model_type": text.model_type}
         found |= {name: value for name in SHAPE if (value := getattr(text, name, None)) is not None}
     base = (metadata or {}).get("base_model")
-    return found if base is None else found | {"base_model": base}
+    if base is None:
+        return found
+    return found | {"base_model": base if isinstance(base, str) else ", ".join(map(str, base))}
+
+
+def read_identity(config: Path, card: Path | None) -> tuple[dict[str, Any], bool]:
+    """The `identity` that stands in these files, and whether it is a linearized model's.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        found = json.loads(config.read_text("utf-8"))
+        return identity(found, metadata_load(card) if card else None), "linear_attention" in found
+    except (ValueError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def look(section: PushSection, model: dict[str, Any], card: str) -> Repository:
@@ -171,8 +187,9 @@ def answers_named(name: str, denied: str | None = None) -> Iterator[None]:
         if status == 403:
             raise PushError(f"{name}: the token has no right to do this ({said})") from error
         raise PushError(f"{name}: the Hub answers {status} ({said})") from error
-    except HTTPError as error:
-        raise PushError(f"{name}: {constants.ENDPOINT} cannot be reached ({error}); is HF_ENDPOINT right?") from error
+    except (HTTPError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise PushError(f"{name}: {constants.ENDPOINT} cannot be reached ({said}); is HF_ENDPOINT right?") from error
     except json.JSONDecodeError as error:
         raise PushError(
             f"{name}: {constants.ENDPOINT} does not answer as the Hub does; is HF_ENDPOINT right?"
@@ -216,9 +233,7 @@ def _find_branch(api: HfApi, name: str, revision: str | None) -> tuple[str, bool
     return revision, True
 
 
-def _check_same_model(
-    api: HfApi, name: str, commit: str, files: dict[str, Remote], model: dict[str, Any]
-) -> None:
+def _check_same_model(api: HfApi, name: str, commit: str, files: dict[str, Remote], model: dict[str, Any]) -> None:
     elsewhere = "choose another repository, or remove what it holds"
     if CONFIG not in files:
         weights = sorted(path for path in files if path.endswith(WEIGHTS))
@@ -226,14 +241,15 @@ def _check_same_model(
             raise PushError(f"{name}: holds {weights[0]}, but no linearized model; {elsewhere}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        read = [file for file in (CONFIG, CARD) if file in files]
-        path, *card = (api.hf_hub_download(name, file, revision=commit, local_dir=folder) for file in read)
+        config, card = (
+            Path(api.hf_hub_download(name, file, revision=commit, local_dir=folder)) if file in files else None
+            for file in (CONFIG, CARD)
+        )
         try:
-            config = json.loads(Path(path).read_text("utf-8"))
-            found = identity(config, metadata_load(card[0]) if card else None)
+            found, linear = read_identity(config, card)
         except ValueError as error:
-            raise PushError(f"{name}: its {CONFIG} cannot be read ({error}); {elsewhere}") from error
-    if "linear_attention" not in config:
+            raise PushError(f"{name}: its {CONFIG} or {CARD} cannot be read ({error}); {elsewhere}") from error
+    if not linear:
         raise PushError(f"{name}: holds a model that is not a linearized one ({found['model_type']}); {elsewhere}")
     differing = [
         f"{field} {found.get(field)} instead of {value}"

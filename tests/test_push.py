@@ -196,6 +196,8 @@ def test_a_branch_is_created_and_updated(hub, linearize, run):
 def test_a_pull_request_is_opened_and_updated(hub, linearize, run):
     # By somebody who may not write there.
     hub.create("other/linear")
+    table = pushed(linearize, run, "other/linear", "--create-pr", "--dry-run")
+    assert "other/linear exists, public; pull request to main" in table and not hub.changing()
     url = pushed(linearize, run, "other/linear", "--create-pr")
     assert url == f"{hub.url}/other/linear/discussions/1"
     repository = hub.repositories["other/linear"]
@@ -382,7 +384,7 @@ def test_another_model_is_not_overwritten(hub, refused, run, tiny_model):
     softmax = (tiny_model / "config.json").read_bytes()
     assert "holds a model that is not a linearized one (llama)" in there(config__json=softmax)
     assert "holds model.gguf, but no linearized model" in there(model__gguf=b"GGUF")
-    assert "its config.json cannot be read" in there(config__json=b"{")
+    assert "its config.json or README.md cannot be read" in there(config__json=b"{")
     linear = (run / "export" / "model" / "config.json").read_text()
     wider = linear.replace('"intermediate_size": 64', '"intermediate_size": 128')
     assert "holds another model (intermediate_size 128 instead of 64)" in there(config__json=wider.encode())
@@ -391,6 +393,8 @@ def test_another_model_is_not_overwritten(hub, refused, run, tiny_model):
     card = b"---\nbase_model: somebody/else\n---\n"
     line = there(config__json=linear.encode(), README__md=card)
     assert "holds another model (base_model somebody/else instead of somebody/tiny)" in line
+    unreadable = there(config__json=linear.encode(), README__md=b"---\nbase_model: [\n---\n")
+    assert "its config.json or README.md cannot be read" in unreadable
 
 
 def test_models_that_are_none(refused, run, tiny_model, tmp_path):
@@ -402,8 +406,14 @@ def test_models_that_are_none(refused, run, tiny_model, tmp_path):
     (tmp_path / "heads").rename(model / "medusa_heads.safetensors")
     (model / "modeling_linearized.py").rename(tmp_path / "code.py")
     assert "is not a whole model, modeling_linearized.py is missing" in refused(run, REPO)
+    (tmp_path / "code.py").rename(model / "modeling_linearized.py")
+    card = (model / "README.md").read_text()
+    (model / "README.md").write_text(card.replace("license: mit", "license: ["))
+    assert f"{model}: its config.json or README.md cannot be read" in refused(run, REPO)
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
     assert "model.safetensors is not a whole safetensors file" in refused(run, REPO)
+    (model / "config.json").write_text("{")
+    assert f"{model}/config.json: is no JSON" in refused(run, REPO)
 
 
 def test_a_card_that_the_hub_refuses(refused, run):
