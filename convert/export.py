@@ -10,7 +10,7 @@ from linearize.convert.models import LINEAR, merged_model
 from linearize.hub.card import CARD_FIGURES, model_card
 from linearize.hub.export import export_model
 from linearize.hub.figures import drawings, png
-from linearize.recipes.loader import dump_recipe
+from linearize.recipes.loader import dump_recipe, without_places
 
 
 def run(context: Context) -> Artifact:
@@ -42,8 +42,8 @@ def run(context: Context) -> Artifact:
             max_shard_size=recipe.export.max_shard_size,
             files={
                 "README.md": model_card(recipe, metrics, figures),
-                "recipe.yaml": dump_recipe(recipe),
-                "metrics.json": metrics,
+                "recipe.yaml": dump_recipe(recipe, public=True),
+                "metrics.json": without_places(metrics),
                 **{f"{name}.png": png(figure) for name, figure in figures.items()},
             },
         )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from linearize import __version__
 from linearize.hub.figures import describe
 from linearize.hub.measured import chosen_tree, columns, converted, reference, rows
-from linearize.hub.metadata import HUB, base_model, hub_dataset, imported_metadata, metadata
+from linearize.hub.metadata import HUB, base_model, data_name, hub_dataset, imported_metadata, metadata
 from linearize.hub.published import Published
 from linearize.recipes.loader import dump_recipe
 from linearize.recipes.schema import Recipe
@@ -41,7 +41,7 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         base=base_model(recipe),
         columns=columns(table),
         converted=converted(evaluated) if evaluated else None,
-        data=[(data, hub_dataset(data)) for data in recipe.data.train],
+        data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
         memory=_memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
@@ -52,7 +52,7 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         table=table,
         tree=tree,
         training={stage: section for stage in TRAINING if (section := getattr(recipe, stage)) is not None},
-        yaml=dump_recipe(recipe),
+        yaml=dump_recipe(recipe, public=True),
     )
     return f"---\n{metadata(recipe, metrics).to_yaml()}\n---\n\n{text}\n"
 

@@ -29,6 +29,11 @@ def hub_dataset(data: DataSource) -> str | None:
     return None if data.source.startswith("builtin:") or data.source.endswith(FILE_SUFFIXES) else data.source
 
 
+def data_name(data: DataSource) -> str:
+    """Its id, or a file's name, not where it is."""
+    return data.source if hub_dataset(data) else Path(data.source).name
+
+
 def license_fields(card: dict, base: str | None) -> dict[str, str | list[str]]:
     """`license`, and where the Hub has no id for it its `license_name` and `license_link`.
 
@@ -53,7 +58,7 @@ def perplexities(recipe: Recipe, results: dict) -> list[EvalResult]:
     """Of the converted model, one for each length of the windows."""
     sources = recipe.data.heldout
     known = hub_dataset(sources[0]) if len(sources) == 1 else None
-    names = ", ".join(data.source if hub_dataset(data) else Path(data.source).name for data in sources)
+    names = ", ".join(map(data_name, sources))
     dataset = {"dataset_type": known or "custom", "dataset_name": names}
     if known:
         dataset |= {"dataset_config": sources[0].name, "dataset_split": sources[0].split}

@@ -101,11 +101,14 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     return result
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe, public: bool = False) -> str:
     """YAML of a recipe, defaults written out, that `load_recipe` reads as an equal recipe.
 
     Of the attention's fields only those that differ from the preset are written, so that the preset can still be
     changed from the command line.
+
+    Args:
+        public: others will read it, so what is on this machine is told by its name, without its place.
     """
     preset = PRESETS[recipe.attention.preset].to_dict()
     attention = recipe.attention.config.to_dict()
@@ -114,7 +117,19 @@ def dump_recipe(recipe: Recipe) -> str:
         "preset": recipe.attention.preset,
         **{name: value for name, value in attention.items() if value != preset[name]},
     }
+    if public:
+        data = without_places(data) | {"output": f"runs/{recipe.name}"}
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def without_places(value: Any, key: str = "") -> Any:
+    """What stands in a recipe, or in a stage's metrics, with the names of what is on this machine alone."""
+    if isinstance(value, dict):
+        return {name: without_places(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_places(item, key) for item in value]
+    is_place = key in ("source", "tokenizer", "deepspeed") and value and Path(value).expanduser().exists()
+    return Path(value).name if is_place else value
 
 
 def _parse(text: str, root: tuple, lines: Lines, problems: list[tuple[int, str]]) -> Any:

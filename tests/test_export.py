@@ -130,6 +130,9 @@ def test_export_carries_what_people_look_for(finished):
     sizes = {"copying": "32", "passkey": "100", "recall": "4"}
     shares = [f"{measured[name][size]['accuracy']:.0%}" for name, size in sizes.items()]
     assert f"| **this model** (after finetune) | {' | '.join([short, long, *shares])} |" in card
+    # Nobody is told where it was made.
+    for name in ("README.md", "recipe.yaml", "metrics.json", "config.json"):
+        assert str(run.parent.parent) not in (model / name).read_text(), name
     names = {path.name for path in model.iterdir()}
     assert {"model.safetensors", "recipe.yaml", "generation_config.json", "medusa_heads.safetensors"} <= names
     assert not any("lora" in name for name in load_file(model / "model.safetensors"))
