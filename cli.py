@@ -115,9 +115,11 @@ def _convert(context, only: str | None, start: str | None, resume: bool, launch:
 
         console.print(results_table(context.state("evaluate")["metrics"]))
     show_memory(load_plan(context.directory), console)
-    from linearize.convert.page import write_report
+    from linearize.convert.page import REPORT, write_report
 
-    report = processes.alone(write_report, context.directory, console)
+    report = context.directory / REPORT
+    if todo or not report.is_file():
+        processes.alone(write_report, context.directory, console)
     console.print(f"[bold]{context.directory}[/bold]", highlight=False)
     console.print(f"[bold]{report}[/bold]", highlight=False)
 
