@@ -13,6 +13,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="linearize-modules-")
 
+# Before torch is imported: products of matrices have the same bits wherever in memory the matrices lie.
+os.environ["MKL_CBWR"] = "AUTO,STRICT"
+
 import pytest
 import torch
 

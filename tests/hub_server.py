@@ -1,8 +1,7 @@
 """The Hugging Face Hub on loopback, as far as huggingface_hub speaks to it to publish and load models.
 
 It keeps repositories of branches of commits of files, large files by their SHA-256 beside them, and a list of all
-requests. Large files come by Git LFS where huggingface_hub is told HF_HUB_DISABLE_XET, otherwise by Xet, which has a
-content store in a local directory of its own.
+requests. Large files come by Git LFS: huggingface_hub is to be told HF_HUB_DISABLE_XET.
 """
 
 import base64
@@ -10,12 +9,10 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -97,18 +94,13 @@ class Hub:
 
     Attributes:
         accounts: by token.
-        before_upload: called with the path of each PUT, or of each request to write to Xet's store; where it raises
-            ConnectionError, the connection is dropped.
-        xet_store: directory.
-        by_xet: SHA-256 of the large files that were committed, but did not come by Git LFS.
+        before_upload: called with the path of each PUT; where it raises ConnectionError, the connection is dropped.
     """
 
     def __init__(self):
         self.accounts = {"hf_writes": Account("somebody")}
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}
-        self.xet_store: Path | None = None
-        self.by_xet: list[str] = []
         self.requests: list[Request] = []
         self.before_upload: Callable[[str], None] = lambda path: None
         self.lock = threading.Lock()
@@ -158,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        if self.command == "PUT" or "/xet-write-token/" in url.path:
+        if self.command == "PUT":
             try:
                 self.hub.before_upload(url.path)
             except ConnectionError:
@@ -185,7 +177,6 @@ class Handler(BaseHTTPRequestHandler):
             r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?": self.tree,
             r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self.info,
             r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": self.batch,
-            r"GET /api/models/[^/]+/[^/]+/xet-write-token/[^/]+": self.xet_token,
             r"POST /verify": lambda body: self.reply({}),
             r"PUT /lfs/(\w+)": self.upload,
             r"(?:GET|HEAD) /lfs/(\w+)": self.download,
@@ -327,9 +318,6 @@ class Handler(BaseHTTPRequestHandler):
             objects.append(item)
         self.reply({"transfer": "basic", "objects": objects})
 
-    def xet_token(self, body: bytes) -> None:
-        self.reply({"casUrl": f"local://{self.hub.xet_store}", "accessToken": "any", "exp": int(time.time()) + 3600})
-
     def upload(self, oid: str, body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refused(400, "", "the content is another one")
@@ -348,10 +336,8 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = Blob(base64.b64decode(value["content"]))
                 case "lfsFile":
                     if value["oid"] not in self.hub.large:
-                        if self.hub.xet_store is None:
-                            raise Refused(400, "", f"LFS object {value['oid']} has not been uploaded")
-                        self.hub.by_xet.append(value["oid"])
-                    files[value["path"]] = Blob(self.hub.large.get(value["oid"], b""), large=True)
+                        raise Refused(400, "", f"LFS object {value['oid']} has not been uploaded")
+                    files[value["path"]] = Blob(self.hub.large[value["oid"]], large=True)
                 case "deletedFile":
                     del files[value["path"]]
         number = 1 + sum(name.startswith("refs/pr/") for name in repository.revisions)

@@ -236,28 +236,6 @@ def test_a_killed_upload_goes_on(hub, linearize, run, tmp_path):
     assert sorted(hub.uploads()) == large(run / "export" / "model")
 
 
-def test_an_interrupted_upload_by_xet_goes_on(hub, run, tmp_path):
-    """huggingface_hub's own way, where nobody has disabled it; hf_xet counts what it sends."""
-    hub.xet_store = tmp_path / "store"
-    hub.xet_store.mkdir()
-    hub.before_upload, process = lose_the_second(), started(hub, run, tmp_path, HF_HUB_DISABLE_XET="0")
-    _, bars = process.communicate()
-    assert process.returncode == 2 and f"linearize: {REPO}: the upload stopped (" in bars and "Traceback" not in bars
-    assert len(sent_by_xet(bars)) == 1 and sent_by_xet(bars)[0] != "0.00B"
-    hub.before_upload, process = lambda path: None, started(hub, run, tmp_path, HF_HUB_DISABLE_XET="0")
-    printed, bars = process.communicate()
-    assert process.returncode == 0 and f"{hub.url}/{REPO}/commit/" in printed
-    first, second = sent_by_xet(bars)
-    assert first == "0.00B" and second != "0.00B"
-    assert sorted(hub.by_xet) == large(run / "export" / "model") and not hub.uploads()
-
-
-def sent_by_xet(bars: str) -> list[str]:
-    """What of each file that went up had to be sent, as the end of its bars tells."""
-    files = [part for part in bars.split("Processing Files (0 / 0)") if "Processing Files (1 / 1)" in part]
-    return [re.findall(r"New Data Upload[^\r\n]*/ *([\d.]+\w*B)", file)[-1] for file in files]
-
-
 def lose_the_second(meanwhile=lambda: None):
     """The first large file arrives, and nothing after it."""
     first = []
@@ -271,10 +249,10 @@ def lose_the_second(meanwhile=lambda: None):
     return lose
 
 
-def started(hub: Hub, run: Path, directory: Path, **settings) -> subprocess.Popen:
+def started(hub: Hub, run: Path, directory: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "linearize.cli", "push", str(run), REPO],
-        env=environment(hub, directory / "home") | settings,
+        env=environment(hub, directory / "home"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
