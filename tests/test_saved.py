@@ -138,7 +138,7 @@ def test_other_errors_are_no_full_disk(error):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are of CPUs")
 @pytest.mark.parametrize(
-    ("stage", "size"), [("load", 2000), ("install", 3000), ("medusa", 3000), ("evaluate", 3000), ("export", 30000)]
+    ("stage", "size"), [("load", 3000), ("install", 3000), ("medusa", 3000), ("evaluate", 3000), ("export", 30000)]
 )
 def test_a_stage_whose_results_do_not_fit_is_not_done(ranks: Ranks, finished, run, stage, size):
     arguments = ["convert", finished[2], "--out", run]
