@@ -24,11 +24,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import yaml
+from huggingface_hub import constants
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from linearize.recipes.schema import BUILTIN_DATA
 
+from .hub_server import Hub
 from .ranks import Ranks
 
 # The suite runs in parallel processes.
@@ -166,3 +168,17 @@ def recipe(tiny_model, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The Hub that this process talks to, with a token for what is somebody's."""
+    with Hub() as hub:
+        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setenv("HF_TOKEN", "hf_writes")
+        yield hub

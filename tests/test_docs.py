@@ -123,7 +123,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_says_runs(page, linearize, model, tiny_model, finished, tmp_path, monkeypatch):
+def test_what_a_page_says_runs(page, linearize, model, tiny_model, finished, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Nobody answers.

@@ -25,20 +25,6 @@ REPO = "somebody/linear"
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The Hub that this process talks to, with a token for what is somebody's."""
-    with Hub() as hub:
-        files = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", "hf_writes")
-        yield hub
-
-
-@pytest.fixture
 def run(finished, tmp_path) -> Path:
     """A copy of a finished run."""
     shutil.copytree(finished[0], tmp_path / "copy")
