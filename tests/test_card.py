@@ -125,6 +125,13 @@ def test_stand_in_for_the_hub_refuses_what_the_hub_does(hub):
             ModelCard(text.replace(good, bad)).validate()
 
 
+@pytest.mark.parametrize("changes", [(), ("medusa=null", "evaluate=null")])
+def test_headings_stand_by_themselves(changes):
+    lines = card(*changes, metrics={k: v for k, v in full_metrics().items() if f"{k}=null" not in changes}).split("\n")
+    headings = [number for number, line in enumerate(lines) if line.startswith("## ")]
+    assert len(headings) > 5 and all(lines[number - 1] == lines[number + 1] == "" for number in headings)
+
+
 def test_measured_perplexities_are_in_the_model_index():
     wikitext = "data.heldout=[{source: Salesforce/wikitext, name: wikitext-2-raw-v1, split: test}]"
     results = ModelCard(card(wikitext)).data.eval_results
