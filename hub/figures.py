@@ -207,7 +207,7 @@ def far_attention(metrics: dict) -> Figure | None:
     found = next(iter(measured_with(results, "far_mass", lambda it: it["layers"]).values()), {})
     titles = {converted(results): "converted", TEACHER: "teacher"}
     maps = {title: found[name] for name, title in titles.items() if name in found}
-    return _heatmaps(maps, "attention beyond the window", 1.0, percent=True) if maps else None
+    return _heatmaps(maps, "share of attention", 1.0, percent=True) if maps else None
 
 
 def perplexity(metrics: dict) -> Figure | None:

@@ -13,7 +13,10 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="linearize-modules-")
 
-# Before torch is imported: products of matrices have the same bits wherever in memory the matrices lie.
+# Before torch is imported, and for the processes that tests start: the suite runs in parallel, and threads of several
+# processes that wait for each other take a hundred times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Products of matrices have the same bits wherever in memory the matrices lie.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 import pytest
@@ -32,9 +35,6 @@ from linearize.recipes.schema import BUILTIN_DATA
 
 from .hub_server import Hub
 from .ranks import Ranks
-
-# The suite runs in parallel processes.
-torch.set_num_threads(1)
 
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 

@@ -126,7 +126,6 @@ class Reader:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_says_runs(page, linearize, model, tiny_model, finished, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # Nobody answers.
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     reader = Reader(tmp_path, linearize, model, tiny_model, finished[0])
