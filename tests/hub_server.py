@@ -17,6 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from linearize.hub.metadata import LICENSES
+
 # Smaller files than the Hub's 10 MB are large here, as are all weights.
 LARGE = 100_000
 FIRST = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
@@ -289,8 +291,8 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self, body: bytes) -> None:
         metadata = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
         errors = []
-        if metadata.get("license", "other") not in ("other", "mit", "apache-2.0"):
-            errors.append({"message": '"license" must be one of [apache-2.0, mit, other]'})
+        if metadata.get("license", "other") not in LICENSES:
+            errors.append({"message": f'"license" must be one of [{", ".join(sorted(LICENSES))}]'})
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "some/model")):
             errors.append({"message": '"base_model" with value is not valid. Use a model id from https://hf.co/models.'})
         self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)

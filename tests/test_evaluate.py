@@ -28,6 +28,14 @@ def results(run) -> dict:
     return json.loads((run / "evaluate" / "results.json").read_text())
 
 
+def numbers(value, name: str = "") -> dict[str, float | None]:
+    """Every number in results, by where it stands."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {place: number for key, item in items for place, number in numbers(item, f"{name}/{key}").items()}
+
+
 class Stopped(Exception):
     pass
 
@@ -141,7 +149,8 @@ def test_teacher_is_finetuned_once_and_from_its_last_checkpoint(convert, recipe,
     resumed = results(tmp_path / "run")
     monkeypatch.undo()
     convert(path, method, "--out", tmp_path / "whole")
-    assert resumed == results(tmp_path / "whole")
+    # Last bits of single precision follow from where in memory matrices lie.
+    assert numbers(resumed) == pytest.approx(numbers(results(tmp_path / "whole")), rel=1e-6)
 
 
 def test_check_counts_the_teachers_finetuning(linearize, recipe):
