@@ -171,9 +171,9 @@ def test_no_process_goes_on_without_who_launched_it(ranks, single, tmp_path):
     process.kill()
     process.communicate()
     while any(map(is_running, left)):
-        assert not (run / "finetune").exists(), "they have finished the stage"
         time.sleep(0.02)
-    assert state(run, "transfer")["status"] == "running"
+    # The launcher ends them, who may have come to the end of a short stage by then.
+    assert not (run / "finetune").exists(), "they went on"
     ranks.finish(2, "convert", path, *SHORT, "--out", run, "--resume")
     assert_same_run(one, run)
 
