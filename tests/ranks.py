@@ -40,7 +40,11 @@ class Run:
 
     def wait(self) -> list[int]:
         """Exit codes by rank, or less than 0, the signal that ended one."""
-        self.codes = self.codes or json.loads(self.server.stdout.readline())
+        if self.codes is None:
+            self.codes = json.loads(self.server.stdout.readline())
+            # That of a killed process, which all later ones would wait for.
+            for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("lock"):
+                lock.unlink()
         return self.codes
 
     def has_ended(self) -> bool:
