@@ -16,8 +16,6 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="linearize-modules-")
 # Before torch is imported, and for the processes that tests start: the suite runs in parallel, and threads of several
 # processes that wait for each other take a hundred times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
-# What torch builds when it is first used, of these tests alone: one of them kills processes that hold its lock.
-os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="linearize-extensions-")
 # Products of matrices have the same bits wherever in memory the matrices lie.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 

@@ -40,11 +40,7 @@ class Run:
 
     def wait(self) -> list[int]:
         """Exit codes by rank, or less than 0, the signal that ended one."""
-        if self.codes is None:
-            self.codes = json.loads(self.server.stdout.readline())
-            # That of a killed process, which all later ones would wait for.
-            for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("lock"):
-                lock.unlink()
+        self.codes = self.codes or json.loads(self.server.stdout.readline())
         return self.codes
 
     def has_ended(self) -> bool:
@@ -106,14 +102,16 @@ def serve() -> None:
     # What libraries print is no answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    import deepspeed  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
 
     from linearize.convert import pipeline, plan  # noqa: F401
     from linearize.convert.context import STAGES
 
     for stage in STAGES:
         __import__(f"linearize.convert.{stage}")
+    # Here, not in the ranks: one that is killed while it builds leaves a lock, for which all others would wait.
+    build_shm_op()
     for line in sys.stdin:
         request = json.loads(line)
         with socket.socket() as free:

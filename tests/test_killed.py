@@ -66,7 +66,8 @@ def test_killed_anywhere_and_resumed_is_uninterrupted(ranks: Ranks, path, tmp_pa
         done = (killed / stage / "state.json").is_file() and state(killed, stage)["status"] == "done"
         run = ranks.start(2, "convert", path, "--out", killed, *(["--from", stage] if done else ["--resume"]))
         until(run, lambda run=run, stage=stage: stage in begun(run))
-        time.sleep(choice.uniform(0, seconds[stage]))
+        end = time.monotonic() + choice.uniform(0, seconds[stage])
+        until(run, lambda end=end: time.monotonic() >= end)
         numbers = choice.choice([(1, 0), (0, 1), (1, 1)])
         signals = [choice.choice([signal.SIGTERM, signal.SIGKILL]) if number else None for number in numbers]
         last = begun(run)[-1]
