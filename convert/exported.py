@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from linearize.convert.context import StageError
 from linearize.convert.sources import READ_ERRORS, check_weights, first_line
 
-CONFIG = "config.json"
 # An owner and a name.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -70,11 +70,11 @@ def find(
         StageError: there is none, or not such a one.
     """
     directory = Path(model).expanduser()
-    local = next((path for path in (directory / "export" / "model", directory) if (path / CONFIG).is_file()), None)
+    local = next((path for path in (directory / "export" / "model", directory) if (path / CONFIG_NAME).is_file()), None)
     if local is None and not (on_hub and HUB_ID.fullmatch(model) and not directory.exists()):
         raise StageError(f"{model}: holds no exported model; run linearize convert, or name a model's directory")
     with _problems_named(model):
-        file = Path(hf_hub_download(model, CONFIG)) if local is None else local / CONFIG
+        file = Path(hf_hub_download(model, CONFIG_NAME)) if local is None else local / CONFIG_NAME
     try:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:

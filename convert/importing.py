@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from linearize.convert import sources
 from linearize.convert.context import StageError
+from linearize.convert.exported import HUB_ID
 from linearize.hub.card import imported_card
 from linearize.hub.export import export_model
 from linearize.hub.published import (
@@ -88,7 +89,7 @@ def _on_disk(checkpoint: str) -> Path:
     path = Path(checkpoint).expanduser()
     patterns = [pattern for patterns in DIRECTORY_FILES for pattern in patterns]
     is_file = any(path.match(pattern) for pattern in patterns)
-    if path.exists() or is_file or checkpoint.count("/") != 1 or checkpoint.startswith((".", "/", "~")):
+    if path.exists() or is_file or not HUB_ID.fullmatch(checkpoint):
         return path
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=patterns))

@@ -22,10 +22,11 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from rich.console import Group
 from rich.filesize import decimal
 from rich.table import Table
+from transformers.utils import CONFIG_NAME
 
 from linearize import __version__
 from linearize.hub.card import card_for
-from linearize.hub.repository import CARD, CONFIG, PushError, Repository, answers_named, hub_api, look, read_identity
+from linearize.hub.repository import CARD, PushError, Repository, answers_named, hub_api, look, read_identity
 from linearize.layers.speculative import HEADS_FILE
 from linearize.recipes.schema import PushSection
 
@@ -77,16 +78,16 @@ def read_exported(directory: Path) -> tuple[dict[str, Any], str]:
     Raises:
         PushError: files are missing, apart from weights, which `sources.check_weights` looks at.
     """
-    config = json.loads((directory / CONFIG).read_text("utf-8"))
+    config = json.loads((directory / CONFIG_NAME).read_text("utf-8"))
     modules = {reference.partition(".")[0] for reference in config.get("auto_map", {}).values()}
     needed = [CARD, *sorted(f"{module}.py" for module in modules), *([HEADS_FILE] if "medusa" in config else [])]
     for name in needed:
         if not (directory / name).is_file():
             raise PushError(f"{directory}: is not a whole model, {name} is missing; export it again")
     try:
-        return read_identity(directory / CONFIG, directory / CARD)[0], (directory / CARD).read_text("utf-8")
+        return read_identity(directory / CONFIG_NAME, directory / CARD)[0], (directory / CARD).read_text("utf-8")
     except ValueError as error:
-        raise PushError(f"{directory}: its {CONFIG} or {CARD} cannot be read ({error})") from error
+        raise PushError(f"{directory}: its {CONFIG_NAME} or {CARD} cannot be read ({error})") from error
 
 
 def plan(directory: Path, section: PushSection) -> Plan:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from transformers import CONFIG_MAPPING
+from transformers.utils import CONFIG_NAME
 
 from linearize import __version__
 from linearize.recipes.schema import PushSection
@@ -33,7 +34,6 @@ SHAPE = (
     "num_key_value_heads",
     "head_dim",
 )
-CONFIG = "config.json"
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".onnx")
 
@@ -235,7 +235,7 @@ def _find_branch(api: HfApi, name: str, revision: str | None) -> tuple[str, bool
 
 def _check_same_model(api: HfApi, name: str, commit: str, files: dict[str, Remote], model: dict[str, Any]) -> None:
     elsewhere = "choose another repository, or remove what it holds"
-    if CONFIG not in files:
+    if CONFIG_NAME not in files:
         weights = sorted(path for path in files if path.endswith(WEIGHTS))
         if weights:
             raise PushError(f"{name}: holds {weights[0]}, but no linearized model; {elsewhere}")
@@ -243,12 +243,12 @@ def _check_same_model(api: HfApi, name: str, commit: str, files: dict[str, Remot
     with tempfile.TemporaryDirectory() as folder:
         config, card = (
             Path(api.hf_hub_download(name, file, revision=commit, local_dir=folder)) if file in files else None
-            for file in (CONFIG, CARD)
+            for file in (CONFIG_NAME, CARD)
         )
         try:
             found, linear = read_identity(config, card)
         except ValueError as error:
-            raise PushError(f"{name}: its {CONFIG} or {CARD} cannot be read ({error}); {elsewhere}") from error
+            raise PushError(f"{name}: its {CONFIG_NAME} or {CARD} cannot be read ({error}); {elsewhere}") from error
     if not linear:
         raise PushError(f"{name}: holds a model that is not a linearized one ({found['model_type']}); {elsewhere}")
     differing = [

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 from linearize.hub.metadata import LICENSES
 
+# That tests push to.
+REPO = "somebody/linear"
 # Smaller files than the Hub's 10 MB are large here, as are all weights.
 LARGE = 100_000
 FIRST = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
@@ -393,3 +396,18 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+# What tests of publishing share.
+
+
+def pushed(linearize, *arguments) -> str:
+    result = linearize("push", *arguments)
+    assert result.code == 0, result.stderr
+    return result.stdout.strip()
+
+
+def local(model: Path) -> dict[str, bytes]:
+    """What stands in a model's files, apart from the card."""
+    files = {path.relative_to(model).as_posix(): path for path in model.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != "README.md"}
