@@ -138,6 +138,21 @@ class LinearizedMixin:
         kept = {int(index): tuple(heads) for index, heads in (getattr(config, "kept_heads", None) or {}).items()}
         _install(self, LinearAttentionConfig(**config.linear_attention), kept)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' own; `train_linear_attention` is off."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # With `output_loading_info` there is more.
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.train_linear_attention(False)
+        return loaded
+
+    def train_linear_attention(self, mode: bool = True) -> None:
+        """Whether gradients reach feature maps, gates and convolutions. Those of a loaded model have been learned, and
+        are not to follow whatever little text it is trained on further, unless this is asked for."""
+        for layer in self.linear_attentions().values():
+            layer.requires_grad_(mode)
+
     def linear_attentions(self) -> dict[int, LinearAttention]:
         """layer_idx -> layer."""
         # What `attention_modules` found at installation, without its look at each module's code.

@@ -36,15 +36,17 @@ def changed(model, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
-def test_full_finetuning_trains_linear_attention_too(exported, tmp_path):
-    """As it does all weights of any model that is loaded; checkpoints load again, draft heads included."""
+@pytest.mark.parametrize("asked", [False, True], ids=["as loaded", "asked"])
+def test_linear_attention_is_trained_only_if_asked(exported, tmp_path, asked):
+    """Checkpoints load again, draft heads included."""
     model = load(exported)
+    if asked:
+        model.train_linear_attention()
     before = weights(model)
     losses = train(model, tmp_path / "trained", gradient_checkpointing=True)
     assert losses[-1] < losses[0] - 0.3
-    untouched = before.keys() - changed(model, before)
     # A row of the embedding is for each token, and these are two weights.
-    assert not untouched, untouched
+    assert changed(model, before) == {name for name in before if asked or LINEAR not in name}
     model.eval()
     Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True)).save_model(tmp_path / "saved")
     assert_same_behaviour(load(tmp_path / "saved"), behaviour(model, IDS), IDS)
@@ -54,6 +56,7 @@ def test_gradient_checkpointing_changes_no_gradient(exported):
     gradients = []
     for checkpointing in (False, True):
         model = load(exported).train()
+        model.train_linear_attention()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -80,16 +83,6 @@ def test_checkpoints_of_a_trainer_load_and_go_on(exported, tmp_path):
     trainer(resumed, "half", 4).train(resume_from_checkpoint=str(checkpoint))
     for name, weight in weights(whole).items():
         torch.testing.assert_close(resumed.get_parameter(name), weight, rtol=1e-5, atol=1e-6)
-
-
-def test_linear_attention_can_be_frozen(exported, tmp_path):
-    model = load(exported)
-    for layer in model.linear_attentions().values():
-        layer.requires_grad_(False)
-    before = weights(model)
-    losses = train(model, tmp_path)
-    assert losses[-1] < losses[0]
-    assert changed(model, before) == {name for name in before if LINEAR not in name}
 
 
 @pytest.mark.parametrize("trained_too", [None, ["linear_attention"]], ids=["lora", "lora and linear attention"])
