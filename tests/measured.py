@@ -4,6 +4,8 @@ import copy
 from math import exp
 
 from linearize.hub.measured import TEACHER, TUNED_TEACHER
+from linearize.recipes.loader import load_recipe
+from linearize.recipes.schema import Recipe
 
 WINDOW = "sliding window 16 + 2 sinks, untrained"
 LAYERS, HEADS, STEPS = 3, 4, 500
@@ -98,3 +100,8 @@ def full_metrics() -> dict:
         },
         "export": {"bytes": 376184, "seconds": 0.2},
     }
+
+
+def measured_recipe(*changes: str) -> Recipe:
+    """The demo's, of a model in a directory: the package of the demo's model need not be installed."""
+    return load_recipe("demo", ["model.source=.", *changes])

@@ -14,22 +14,17 @@ from linearize.convert.sources import Source, base_card
 from linearize.hub.card import CARD_FIGURES, model_card
 from linearize.hub.figures import drawings
 from linearize.hub.metadata import LICENSES, metadata
-from linearize.recipes.loader import load_recipe
 
-from .measured import full_metrics
+from .measured import full_metrics, measured_recipe
 from .runs import converted
 
 RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def recipe(*changes: str):
-    return load_recipe("demo", list(changes))
-
-
 def card(*changes: str, metrics: dict | None = None) -> str:
     metrics = metrics or full_metrics()
-    return model_card(recipe(*changes), metrics, drawings(metrics, CARD_FIGURES)[0])
+    return model_card(measured_recipe(*changes), metrics, drawings(metrics, CARD_FIGURES)[0])
 
 
 def problems(content: str) -> list[str]:
@@ -105,7 +100,7 @@ def test_card_passes_the_hubs_validation_and_comes_back_as_it_went(changes, hub,
     parsed = ModelCard(text)
     parsed.validate()
     assert str(parsed) == text
-    data = metadata(recipe(*changes), metrics).to_dict()
+    data = metadata(measured_recipe(*changes), metrics).to_dict()
     assert parsed.data.to_dict() == data
     assert ModelCardData(**data).to_dict() == data
     (tmp_path / "README.md").write_text(text)
@@ -187,7 +182,7 @@ LINK = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/blob/main/LIC
     ],
 )
 def test_licence_is_the_recipes_or_the_base_models(changes, base, expected):
-    head = metadata(recipe(*changes), {"load": {"card": base}}).to_dict()
+    head = metadata(measured_recipe(*changes), {"load": {"card": base}}).to_dict()
     assert {field: value for field, value in head.items() if field.startswith("license")} == expected
 
 

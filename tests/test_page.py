@@ -11,9 +11,9 @@ from rich.console import Console
 
 from linearize.convert.page import REPORT, SECTIONS, write_report
 from linearize.hub.figures import FIGURES
-from linearize.recipes.loader import dump_recipe, load_recipe
+from linearize.recipes.loader import dump_recipe
 
-from .measured import full_metrics
+from .measured import full_metrics, measured_recipe
 from .runs import converted
 
 VERSIONS = {"linearize": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"}
@@ -72,7 +72,7 @@ def run(tmp_path):
             (directory / stage).mkdir(parents=True)
             (directory / stage / "state.json").write_text(json.dumps({**state, "metrics": figures}))
         changes = [f"{key}={json.dumps(value)}" for key, value in recipe.items()]
-        (directory / "resolved.yaml").write_text(dump_recipe(load_recipe("demo", changes)))
+        (directory / "resolved.yaml").write_text(dump_recipe(measured_recipe(*changes)))
         if plan:
             (directory / "plan.json").write_text(json.dumps(PLAN))
         return directory
