@@ -1,6 +1,7 @@
 """What verbs of the command line share: where they print, what is wrong with what was typed, and quiet libraries."""
 
 import os
+import warnings
 from typing import Annotated
 
 import typer
@@ -16,8 +17,6 @@ class BadInput(ValueError):
 
 def quieten() -> None:
     """Progress is ours to show; libraries keep to errors."""
-    import warnings
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Importing datasets to say so would take seconds, and text files do without it.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

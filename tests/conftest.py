@@ -36,6 +36,14 @@ from linearize.recipes.schema import BUILTIN_DATA
 from .hub_server import Hub
 from .ranks import Ranks
 
+MINIMAL_RECIPE = """\
+output: runs/test
+model:
+  source: some/model
+data:
+  train: {source: builtin:train}
+  heldout: {source: builtin:heldout}
+"""
 TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
@@ -168,6 +176,29 @@ def recipe(tiny_model, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def recipe_file(tmp_path, monkeypatch):
+    """Writes recipe.yaml into an empty working directory: MINIMAL_RECIPE (6 lines) and what a test adds."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(addition: str = "", base: str = MINIMAL_RECIPE) -> str:
+        Path("recipe.yaml").write_text(base + addition, "utf-8")
+        return "recipe.yaml"
+
+    return write
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An importable package `tiny_model` with one file, that fails when it is imported."""
+    folder = tmp_path / "site" / "tiny_model"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(folder.parent)
+    return folder
 
 
 @pytest.fixture

@@ -25,6 +25,9 @@ REPO = "somebody/linear"
 # Smaller files than the Hub's 10 MB are large here, as are all weights.
 LARGE = 100_000
 FIRST = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
+# What a card may say.
+RELATIONS = {"adapter", "merge", "quantized", "finetune"}
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass
@@ -137,6 +140,31 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str):
         super().__init__(message)
         self.status, self.code = status, code
+
+
+def card_problems(content: str) -> list[str]:
+    """What the Hub finds wrong with a card, by its documented rules for what it checks: licence, base model, data sets
+    and model-index."""
+    data = yaml.safe_load(content.split("---\n")[1])
+    found = []
+    names = data.get("license", [])
+    found += [f'"license" {name}' for name in ([names] if isinstance(names, str) else names) if name not in LICENSES]
+    if not re.fullmatch(r"[a-z0-9.-]+", data.get("license_name", "a")):
+        found.append('"license_name"')
+    if not re.match(r"https?://|LICENSE(\.md|\.txt)?$", data.get("license_link", "LICENSE")):
+        found.append('"license_link"')
+    if data.get("base_model_relation", "finetune") not in RELATIONS:
+        found.append('"base_model_relation"')
+    for name in ("base_model", "datasets"):
+        values = data.get(name, [])
+        values = [values] if isinstance(values, str) else values
+        found += [f'"{name}" {value}' for value in values if not REPOSITORY.fullmatch(value)]
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            required = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
+            found += [f'"model-index" {part}.{key}' for part, key in required if not result.get(part, {}).get(key)]
+            found += ['"model-index" metrics' for it in result["metrics"] if not {"type", "value"} <= it.keys()]
+    return found
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -292,13 +320,13 @@ class Handler(BaseHTTPRequestHandler):
     # Uploads.
 
     def validate(self, body: bytes) -> None:
-        metadata = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
-        errors = []
-        if metadata.get("license", "other") not in LICENSES:
-            errors.append({"message": f'"license" must be one of [{", ".join(sorted(LICENSES))}]'})
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "some/model")):
-            errors.append({"message": '"base_model" with value is not valid. Use a model id from https://hf.co/models.'})
-        self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
+        asked = json.loads(body)
+        problems = card_problems(asked["content"]) if asked["repoType"] == "model" else ['"repoType"']
+        status = 400 if problems else 200
+        if self.headers["Accept"] == "text/plain":
+            self.send("\n- ".join(["Invalid metadata in README.md.", *problems]).encode(), status)
+        else:
+            self.reply({"errors": [{"message": problem} for problem in problems], "warnings": []}, status)
 
     def preupload(self, name: str, revision: str, body: bytes) -> None:
         there = self.files(name, revision)

@@ -1,85 +1,23 @@
 """The model card: what the Hub reads at its head, and what people read below it, from made-up metrics."""
 
-import json
 import re
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard, ModelCardData, constants, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from linearize.convert.sources import Source, base_card
 from linearize.hub.card import CARD_FIGURES, model_card
 from linearize.hub.figures import drawings
-from linearize.hub.metadata import LICENSES, metadata
+from linearize.hub.metadata import metadata
 
 from .measured import full_metrics, measured_recipe
 from .runs import converted
-
-RELATIONS = {"adapter", "merge", "quantized", "finetune"}
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def card(*changes: str, metrics: dict | None = None) -> str:
     metrics = metrics or full_metrics()
     return model_card(measured_recipe(*changes), metrics, drawings(metrics, CARD_FIGURES)[0])
-
-
-def problems(content: str) -> list[str]:
-    """What the Hub answers to a card, by its documented rules for what it checks: licence, base model, data sets
-    and model-index."""
-    data = yaml.safe_load(content.split("---\n")[1])
-    found = []
-    names = data.get("license", [])
-    found += [f'"license" {name}' for name in ([names] if isinstance(names, str) else names) if name not in LICENSES]
-    if not re.fullmatch(r"[a-z0-9.-]+", data.get("license_name", "a")):
-        found.append('"license_name"')
-    if not re.match(r"https?://|LICENSE(\.md|\.txt)?$", data.get("license_link", "LICENSE")):
-        found.append('"license_link"')
-    if data.get("base_model_relation", "finetune") not in RELATIONS:
-        found.append('"base_model_relation"')
-    for field in ("base_model", "datasets"):
-        values = data.get(field, [])
-        values = [values] if isinstance(values, str) else values
-        found += [f'"{field}" {value}' for value in values if not REPOSITORY.fullmatch(value)]
-    for model in data.get("model-index", []):
-        for result in model["results"]:
-            required = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
-            found += [f'"model-index" {part}.{key}' for part, key in required if not result.get(part, {}).get(key)]
-            found += ['"model-index" metrics' for it in result["metrics"] if not {"type", "value"} <= it.keys()]
-    return found
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the Hub: it answers `/api/validate-yaml` by `problems`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            assert self.path == "/api/validate-yaml"
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            found = problems(asked["content"]) if asked["repoType"] == "model" else ["repoType"]
-            body = "\n- ".join(["Invalid metadata in README.md.", *found]).encode()
-            self.send_response(400 if found else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.mark.parametrize(

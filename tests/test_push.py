@@ -367,7 +367,8 @@ def test_models_that_are_none(refused, run, tiny_model, tmp_path):
 def test_a_card_that_the_hub_refuses(refused, run):
     card = run / "export" / "model" / "README.md"
     card.write_text(card.read_text().replace("license: mit", "license: none of them"))
-    assert 'the Hub refuses the card\'s metadata: {"errors": [{"message": "\\"license\\" must be' in refused(run, REPO)
+    expected = 'the Hub refuses the card\'s metadata: Invalid metadata in README.md. - "license" none of them'
+    assert refused(run, REPO) == f"{REPO}: {expected}"
 
 
 def test_a_hub_that_is_not_there(linearize, run, monkeypatch, hub):
