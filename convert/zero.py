@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
@@ -108,7 +109,9 @@ def partitioned(load: Callable[[], PreTrainedModel], dtype: str) -> Iterator[Pre
     from deepspeed.utils.timer import NoopTimer
 
     configuration = {
-        "zero_optimization": {"stage": 3},
+        # While weights are loaded, DeepSpeed waits for the last of several parameters, before which gloo need not have
+        # got the others; then what comes late overwrites what was loaded.
+        "zero_optimization": {"stage": 3, "stage3_allgather_sequential": not torch.cuda.is_available()},
         "bf16": {"enabled": dtype == "bfloat16"},
         "train_micro_batch_size_per_gpu": 1,
     }
