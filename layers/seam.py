@@ -274,6 +274,8 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
     cache = kwargs.get("past_key_values")
     if cache is None:
         use_cache = kwargs.get("use_cache")
+        if use_cache is None and model.config.linear_attention.get("far", "features") != "features":
+            use_cache = False
         if use_cache is None:
             use_cache = getattr(model.config, "use_cache", True) and not model.training
         # Nobody continues a row of packed documents, and with a cache transformers does not look for them.

@@ -113,6 +113,8 @@ class DataSource(Section):
         return source
 
 
+# Of text that is measured; longer ones are read in pieces, with a cache between them.
+LONGEST_AT_ONCE = 2048
 # One source may be written without the list.
 Listed = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 DataSources = Annotated[list[DataSource], Listed, Field(min_length=1)]
@@ -342,6 +344,28 @@ class Recipe(Section):
             raise ValueError(
                 f"position_offset: {section.position_offset} moves the sinks, whose place sink_distance relies on; "
                 "set attention.sink_distance: null"
+            )
+        return section
+
+    @field_validator("finetune", "medusa", "evaluate")
+    @classmethod
+    def _goes_on_from_a_cache(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        attention = info.data.get("attention")
+        if section is None or attention is None or attention.far == "features":
+            return section
+        uses = {
+            "finetune": ["chunk"] if getattr(section, "chunk", None) else [],
+            "medusa": ["heads"],
+            "evaluate": [
+                name
+                for name in ("lengths", "passkey", "speed")
+                if (values := getattr(section, name, [])) and (name == "speed" or max(values) > LONGEST_AT_ONCE)
+            ],
+        }[info.field_name]
+        if uses:
+            raise ValueError(
+                f"{uses[0]}: needs a cache to go on from, which attention.far: {attention.far} does not have; leave it "
+                f"out{f', or up to {LONGEST_AT_ONCE} tokens' if info.field_name == 'evaluate' else ''}"
             )
         return section
 
