@@ -1,7 +1,8 @@
 """A linearized model as a self-contained directory: weights, configuration, and the code that it needs.
 
-The model gets a type of its own, so that nothing loads it as the softmax model that it was: `AutoModelForCausalLM`
-refuses the directory unless `trust_remote_code=True`. The code is a few generated lines beside copies of `layers/`.
+The model gets a type of its own, so that nothing loads it as the softmax model that it was: `AutoModelForCausalLM`, or
+whichever of transformers' Auto classes it is for, refuses the directory unless `trust_remote_code=True`. The code is a
+few generated lines beside copies of `layers/`.
 """
 
 import json
@@ -72,7 +73,7 @@ def export_model(
     files: dict[str, str | dict | bytes] | None = None,
 ) -> None:
     """Write `model` (linearized, adapters merged) so that `AutoModelForCausalLM.from_pretrained(directory,
-    trust_remote_code=True)` gives it back, without this package.
+    trust_remote_code=True)`, or what `auto_class` says, gives it back, without this package.
 
     Args:
         tokenizer: saved beside the weights, chat template included.
@@ -98,10 +99,11 @@ def export_model(
     config_class = type(model.config).__name__
     model_type = config["model_type"]
     config["model_type"] = f"linearized_{model_type}"
-    config["architectures"] = architectures(base.__name__)
+    auto = auto_class(base.__name__, model.is_encoder)
+    config["architectures"] = architectures(base.__name__, auto)
     config["auto_map"] = {
         "AutoConfig": f"{MODULE}.Linearized{config_class}",
-        "AutoModelForCausalLM": f"{MODULE}.Linearized{base.__name__}",
+        auto: f"{MODULE}.Linearized{base.__name__}",
     }
     config["linearize_version"] = __version__
     if draft is not None:
@@ -119,7 +121,7 @@ def export_model(
         generate.write_text(GENERATE, "utf-8")
     path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
-    for name, text in remote_code(base.__name__, config_class, model_type).items():
+    for name, text in remote_code(base.__name__, config_class, model_type, auto).items():
         (directory / name).write_text(text, "utf-8")
     for name, content in (files or {}).items():
         if isinstance(content, dict):
@@ -127,14 +129,23 @@ def export_model(
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def architectures(base: str) -> list[str]:
+def auto_class(base: str, is_encoder: bool) -> str:
+    """Which of transformers' Auto classes a class of theirs is loaded by."""
+    for head in ("ForSequenceClassification", "ForMaskedLM"):
+        if base.endswith(head):
+            return f"AutoModel{head}"
+    return "AutoModel" if is_encoder else "AutoModelForCausalLM"
+
+
+def architectures(base: str, auto: str) -> list[str]:
     """What `transformers serve` and others look for in transformers, and nowhere else, is the first one."""
-    return ["AutoModelForCausalLM", f"Linearized{base}"]
+    served = [auto] if auto == "AutoModelForCausalLM" else []
+    return [*served, f"Linearized{base}"]
 
 
-def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
+def remote_code(base: str, config: str, model_type: str, auto: str) -> dict[str, str]:
     """File name -> text of the code that a directory carries."""
-    found = json.dumps(architectures(base))
+    found = json.dumps(architectures(base, auto))
     names = {"base": base, "config": config, "model_type": model_type, "architectures": found}
     code = {f"{MODULE}.py": TEMPLATE.format(**names, prefix=PREFIX, version=__version__)}
     root = Path(linearize.layers.__file__).parent

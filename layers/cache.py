@@ -291,6 +291,8 @@ class LinearCache(Cache):
     """
 
     def __init__(self, model):
+        if model.is_encoder:
+            raise ValueError(f"{type(model).__name__} looks both ways: it reads whole sequences, and has no cache")
         config = model.config.get_text_config(decoder=True)
         layers, shared = DynamicCache(config=config).layers, Shared()
         for layer_idx, attention in model.linear_attentions().items():

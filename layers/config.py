@@ -166,9 +166,8 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     "t2r": LinearAttentionConfig(window=None, sinks=0, feature_map="t2r", rope="after", far_weight="one", conv_taps=0),
     # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
     "swa": LinearAttentionConfig(sink_distance=1024, feature_map=None, conv_taps=0),
-    # `augmented` for encoders. Nothing comes before anything else there, so the state has no gates, and sinks, which
-    # stand for what a causal model dumps on its first tokens, are not needed.
-    "augmented-encoder": LinearAttentionConfig(sinks=0, feature_expansion=2, far_weight="query", conv_taps=16),
+    # `augmented` for encoders. Nothing comes before anything else there, so the state has no gates. The sink is [CLS].
+    "augmented-encoder": LinearAttentionConfig(sinks=1, feature_expansion=2, far_weight="query", conv_taps=16),
 }
 
 _PLAIN = LinearAttentionConfig(window=None, sinks=0, rope="after", combine="sum", far_start=1.0, conv_taps=0)
