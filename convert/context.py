@@ -106,6 +106,8 @@ class Context:
         inputs = {name: STAGE_INPUTS[name] for name in upto}
         if "install" in inputs and self.recipe.keep is not None and self.recipe.keep.kv_budget is not None:
             inputs["install"] += ("data.train",)
+        if self.recipe.model.head != "causal-lm":
+            inputs["load"] += ("model.head",)
         parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):

@@ -10,7 +10,7 @@ def run(context: Context) -> Artifact:
     source = sources.locate(recipe.source, recipe.revision)
     sources.load_tokenizer(recipe).save_pretrained(directory / "tokenizer")
     if source.gguf:
-        sources.load_model(source, recipe.dtype).save_pretrained(directory / "model")
+        sources.load_model(source, recipe.dtype, recipe.head).save_pretrained(directory / "model")
     # A branch on the Hub moves; what is converted is the commit that it pointed to.
     commit = getattr(sources.load_config(source), "_commit_hash", None)
     metrics = {"source": recipe.source, "revision": commit or recipe.revision, "card": sources.base_card(source)}

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from linearize.convert import sources
 from linearize.convert.blocks import decoder_blocks
 from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
+from linearize.convert.encoders import edges, embed, encoder_measures
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
@@ -23,7 +23,14 @@ from linearize.convert.reporting import check_reporting
 from linearize.layers.attention import LinearAttention
 from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.seam import UnsupportedModelError, attention_modules, head_shapes, install, is_rotary
+from linearize.layers.seam import (
+    UnsupportedModelError,
+    attention_modules,
+    head_shapes,
+    install,
+    is_causal,
+    is_rotary,
+)
 from linearize.recipes.attention import KeepSection
 from linearize.recipes.schema import Recipe, ShardedTraining, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
@@ -114,14 +121,18 @@ def _make_plan(recipe: Recipe) -> Plan:
     check_reporting(recipe.report_to)
     source = sources.locate(recipe.model.source, recipe.model.revision)
     config = sources.load_config(source)
+    is_encoder = recipe.model.head == "encoder"
+    kind = "an encoder" if is_encoder else "a causal language model"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = sources.AUTO_CLASSES[recipe.model.head].from_config(config)
     except ValueError as error:
-        raise ValueError(
-            f"model.source: {type(config).__name__} is not the configuration of a causal language model"
-        ) from error
+        raise ValueError(f"model.source: {type(config).__name__} is not the configuration of {kind}") from error
     modules, shapes = attention_modules(model), head_shapes(model)
+    if is_encoder == all(map(is_causal, modules.values())):
+        other = "causal-lm" if is_encoder else "encoder"
+        looks = "sees only what is before a token" if is_encoder else "sees what is behind a token"
+        raise ValueError(f"model.head: {type(model).__name__} {looks}, so it is not {kind}; use head: {other}")
     text = config.get_text_config(decoder=True)
     heads, kv_heads, head_dim = next(iter(shapes.values()))
     kept = _planned_heads(recipe.keep, {layer: kv_heads for layer, (_, kv_heads, _) in shapes.items()})
@@ -167,6 +178,8 @@ def _make_plan(recipe: Recipe) -> Plan:
     copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
     layers = model.linear_attentions()
     held = sum(state_bytes(layer, is_rotary(modules[index]), item) for index, layer in layers.items())
+    # Encoders have no cache.
+    contexts = () if is_encoder else CONTEXTS
     return Plan(
         model=recipe.model.source,
         layers=len(modules),
@@ -180,7 +193,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         kept_bytes=sum(kept_bytes(layer, item) for layer in layers.values()),
         kept_tokens=recipe.attention.config.kept_tokens,
         state_bytes=held,
-        kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in CONTEXTS},
+        kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in contexts},
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
         disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 3 * largest * 12,
@@ -310,7 +323,10 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:
-            make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, position_limit(model))
+            if recipe.model.head == "encoder":
+                encoder_measures(recipe.evaluate, stream, edges(tokenizer), position_limit(model), embed)
+            else:
+                make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, position_limit(model))
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
 
@@ -384,6 +400,8 @@ def memory_by_context(plan: Plan) -> list[tuple[int, int, int]]:
 
 def show_memory(plan: Plan, console: Console) -> None:
     """The linear cache, kept heads included, beside the KV cache that it replaces."""
+    if not plan.kv_bytes:
+        return
     table = Table()
     table.add_column("context")
     table.add_column("KV cache", justify="right")

@@ -8,9 +8,19 @@ from pathlib import Path
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from linearize.recipes.schema import ModelSection, package_file
+from linearize.recipes.schema import Head, ModelSection, package_file
+
+# What loads a model by what it ends in.
+AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "encoder": AutoModel}
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
@@ -109,14 +119,14 @@ def check_weights(directory: Path) -> None:
                 raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
-def load_model(source: Source, dtype: str, **placing) -> PreTrainedModel:
+def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) -> PreTrainedModel:
     """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU, or where `placing` has
     `from_pretrained` put them (`device_map`, ..).
 
     Raises:
         ValueError: when weights are missing or of another shape; OSError: when files are.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = AUTO_CLASSES[head].from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -124,7 +134,7 @@ def load_model(source: Source, dtype: str, **placing) -> PreTrainedModel:
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:
         # transformers keeps regarding what came out of a GGUF file as quantized, and refuses to save it.
-        dense = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype)
+        dense = AUTO_CLASSES[head].from_config(load_config(source), dtype=dtype)
         dense.load_state_dict(model.state_dict())
         dense.generation_config = model.generation_config
         model = dense

@@ -42,9 +42,14 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         columns=columns(table),
         converted=converted(evaluated) if evaluated else None,
         data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
+        is_encoder=recipe.model.head == "encoder",
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
-        memory=_memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
+        memory=(
+            "time and memory are linear in length."
+            if recipe.model.head == "encoder"
+            else _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
+        ),
         name=recipe.name,
         plots={name: describe(figure) for name, figure in (figures or {}).items()},
         recipe=recipe,
@@ -75,6 +80,7 @@ def imported_card(
         base=on_hub,
         base_name=Path(base).name,
         checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
+        is_encoder=False,
         medusa=None,
         memory=_memory(published.kept, published.config.kept_window),
         name=name,

@@ -17,6 +17,10 @@ HUB = "https://huggingface.co"
 LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8").split())
 
 
+# The Hub's names for what models are for.
+TASKS = {"causal-lm": "text-generation", "encoder": "feature-extraction"}
+
+
 def base_model(recipe: Recipe) -> str | None:
     """Hub id of the model that was converted, where it has one."""
     source = recipe.model.source
@@ -70,7 +74,7 @@ def perplexities(recipe: Recipe, results: dict) -> list[EvalResult]:
             metric_value=round(text["perplexity"], 4),
             **dataset,
         )
-        for length, text in results["models"][converted(results)]["text"].items()
+        for length, text in results["models"][converted(results)].get("text", {}).items()
         if math.isfinite(text["perplexity"])
     ]
 
@@ -86,12 +90,13 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
     own = {"license": recipe.model.license, "license_link": recipe.model.license_link}
     datasets = list(dict.fromkeys(filter(None, map(hub_dataset, recipe.data.train))))
     measured = perplexities(recipe, metrics["evaluate"]) if "evaluate" in metrics else []
+    licensed, tags = own if recipe.model.license else base_card, ["medusa"] if recipe.medusa else []
     return ModelCardData(
         datasets=datasets or None,
         eval_results=measured or None,
         model_name=recipe.name if measured else None,
         # What is made of a model inherits its licence.
-        **_of_all(base, own if recipe.model.license else base_card, base_card, ["medusa"] if recipe.medusa else []),
+        **_of_all(base, licensed, base_card, tags, TASKS[recipe.model.head]),
     )
 
 
@@ -100,14 +105,16 @@ def imported_metadata(base: str | None, base_card: dict) -> ModelCardData:
     return ModelCardData(**_of_all(base, base_card, base_card, []))
 
 
-def _of_all(base: str | None, licensed: dict, base_card: dict, tags: list[str]) -> dict:
+def _of_all(
+    base: str | None, licensed: dict, base_card: dict, tags: list[str], task: str = "text-generation"
+) -> dict:
     return {
         "base_model": base,
         # Of adapter, merge, quantized and finetune, which the Hub knows.
         "base_model_relation": "finetune" if base else None,
         "language": base_card.get("language"),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["linearize", "linear-attention", *tags],
         **license_fields(licensed, base),
     }

@@ -17,6 +17,7 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
 Dtype = Literal["float32", "bfloat16"]
+Head = Literal["causal-lm", "encoder"]
 # The configurations that come with the package.
 DEEPSPEED = Path(__file__).parent / "deepspeed"
 
@@ -28,7 +29,7 @@ def deepspeed_file(name: str) -> Path:
 
 
 def package_file(source: str) -> Path:
-    """Path of the file that `package:<import_name>/<file>` names; the package itself is not imported.
+    """Path of the file or directory that `package:<import_name>/<file>` names; the package itself is not imported.
 
     Raises:
         ValueError: the package is not installed, or does not hold the file.
@@ -40,7 +41,7 @@ def package_file(source: str) -> Path:
     if spec is None:
         raise ValueError(f"package {package} is not installed; try pip install {package}")
     for folder in spec.submodule_search_locations or []:
-        if (Path(folder) / file).is_file():
+        if (Path(folder) / file).exists():
             return Path(folder) / file
     raise ValueError(f"package {package} is installed but holds no file {file}")
 
@@ -64,8 +65,10 @@ class ModelSection(Section):
     """Where the model comes from.
 
     Attributes:
-        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<file>`.
+        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<either of these>`.
         revision: branch, tag or commit on the Hub.
+        head: what the model ends in: `causal-lm`, the next token's logits, or `encoder`, the hidden states of all
+            tokens, each of which has seen the whole text.
         dtype: of the weights in memory.
         tokenizer: a model source to take the tokenizer from; None takes the model's own.
         license: for the model card, e.g. `apache-2.0`, or the name of one that the Hub does not know; None takes it
@@ -76,6 +79,7 @@ class ModelSection(Section):
 
     source: ModelSource
     revision: Text | None = None
+    head: Head = "causal-lm"
     dtype: Dtype = "float32"
     tokenizer: ModelSource | None = None
     license: Text | None = None
@@ -113,6 +117,12 @@ class DataSource(Section):
         return source
 
 
+# What training does to texts so that models recall them.
+TEXT_ALONE = [
+    ("recall", 0.0, "repeats parts of a text to have them predicted"),
+    ("facts", 0.0, "plants facts in a text to have them predicted"),
+    ("position_offset", 0, "an encoder's positions begin at 0"),
+]
 # Of text that is measured; longer ones are read in pieces, with a cache between them.
 LONGEST_AT_ONCE = 2048
 # One source may be written without the list.
@@ -155,8 +165,9 @@ class FinetuneSection(ShardedTraining):
         alpha: scale of the adapters, as in LoRA.
         targets: names of the linear modules that get an adapter.
         train_attention: also train what the linear attention layers added.
-        next_token: weight of the next-token cross-entropy.
-        distill: weight of the KL divergence from the same model in softmax mode.
+        next_token: weight of the next-token cross-entropy; an encoder has none.
+        distill: weight of the KL divergence from the same model in softmax mode; of an encoder, of the squared error of
+            its hidden states relative to those in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         gradient_checkpointing: recompute activations in the backward pass.
         chunk: tokens of each sequence that go through the model at once, with a cache from one chunk to the next, so
@@ -345,6 +356,35 @@ class Recipe(Section):
                 f"position_offset: {section.position_offset} moves the sinks, whose place sink_distance relies on; "
                 "set attention.sink_distance: null"
             )
+        return section
+
+    @field_validator("keep", "transfer", "finetune", "medusa", "evaluate")
+    @classmethod
+    def _is_for_encoders(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        model = info.data.get("model")
+        if section is None or model is None or model.head != "encoder":
+            return section
+        refused = {
+            "keep": [("kv_budget", None, "measures what is copied from far back, which an encoder does not do")],
+            "transfer": [("blocks_at_once", None, "goes through a decoder's blocks"), *TEXT_ALONE],
+            "finetune": [
+                ("next_token", 0, "an encoder sees the next token; learn from its softmax self, with distill"),
+                ("chunk", None, "an encoder has no cache to carry from chunk to chunk"),
+                *TEXT_ALONE,
+            ],
+            "medusa": [("heads", None, "guess next tokens, which an encoder does not make; set medusa: null")],
+            "evaluate": [
+                ("passkey", [], "asks for next tokens, which an encoder does not make"),
+                ("recall", [], "asks for next tokens, which an encoder does not make"),
+                ("speed", [], "times how texts are written, which an encoder does not do"),
+                ("tuned_teacher", False, "an encoder is finetuned towards its teacher itself"),
+            ],
+        }[info.field_name]
+        for name, value, why in refused:
+            if getattr(section, name) != value:
+                shown = "null" if value is None else str(value).lower()
+                advice = "" if info.field_name == "medusa" else f"; set it to {shown}"
+                raise ValueError(f"{name}: {why}{advice}")
         return section
 
     @field_validator("finetune", "medusa", "evaluate")
