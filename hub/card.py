@@ -124,10 +124,15 @@ def _limits(recipe: Recipe, metrics: dict) -> Iterator[str]:
     config, evaluated = recipe.attention.config, metrics.get("evaluate")
     beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
     held = "is held in a state of fixed size, and much of it is not remembered word for word"
-    if config.feature_map is None:
+    if not config.has_far:
         held = "is not seen"
+    elif config.far != "features":
+        held = f"is weighed by {config.far} attention"
     kept = " (by heads that do not stay softmax)" if recipe.keep else ""
-    yield f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
+    if recipe.model.head == "encoder":
+        yield f"{beyond}, on either side of a token, {held.partition(',')[0]}{kept}."
+    else:
+        yield f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
     trained = [section.longest for stage in TRAINING[:2] if (section := getattr(recipe, stage)) is not None]
     known = f"It was trained on sequences of up to {max(trained)} tokens" if trained else "It was not trained"
     measured = f"measured in windows of up to {max(map(int, evaluated['tokens']))}" if evaluated else "not measured"
