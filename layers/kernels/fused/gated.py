@@ -404,13 +404,15 @@ class _Attention(torch.autograd.Function):
         dconv = None
         if conv is not None:
             count, span = shape.segments(batch * heads, INDEPENDENT_PROGRAMS)
-            sums = G.new_empty(count, batch, heads, conv.shape[1])
+            outer = G.new_empty(count, batch, heads, size, size)
             few = {name: constants[name] for name in ("GROUPS", "V", "BV", "C", "INDEXED", "P")}
             backward_conv[(batch * heads, count)](
-                *by_v[:2], sums, shape.source, shape.follows, *strides(v, do), heads, shape.tokens, shape.past,
-                n, span, **few, TAPS=conv.shape[1], **LAUNCH["backward_conv"],
+                *by_v[:2], outer, shape.source, shape.follows, *strides(v, do), heads, shape.tokens, shape.past,
+                n, span, **few, **LAUNCH["backward_conv"],
             )  # fmt: skip
-            dconv = sums.sum((0, 1))
+            query, tap = (torch.arange(count, device=do.device) for count in (size, conv.shape[1]))
+            key = (query[:, None] - tap) % size
+            dconv = outer.sum((0, 1)).gather(2, key.expand(heads, -1, -1)).sum(1)
         dS = dz = None
         if any(ctx.needs_input_grad[7:9]):
             # Each block of columns has the whole of z.
