@@ -6,6 +6,7 @@
     shared:  o = (g sum a v + lam sum b v) / (g sum a + lam sum b) + c
     sum:     o = g sum a v / sum a + lam sum b v / norm + c
     relu2:   o = g sum a v + lam sum b v / norm + c   with a_ij = relu(cos(q_i, k_j))^2
+    laplace: the same                                 with a_ij = Laplace(scale q_i.k_j)
 
 v far away is u of `memory`: the state's rule decides what a key leaves there. What is visible is the caller's
 business, so one function serves full sequences, packed documents, decoding with carried state, draft trees, and each
@@ -16,12 +17,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..config import LinearAttentionConfig
 from ..tokens import near
 from .memory import fade
 
 EPS = 1e-6
+# Weights of near keys by their scores, which no sum of weights divides.
+UNNORMALISED = {"relu2": ACT2FN["relu2"], "laplace": ACT2FN["laplace"]}
 
 
 @dataclass
@@ -102,8 +106,8 @@ def attend(
         is_sink = (k_position < config.sinks)[:, None, None]
         scores = torch.where(is_sink, contract(sink_q * scale, k.mT), scores)
     scores = scores.masked_fill(~is_near[:, None], -torch.inf)
-    if config.local == "relu2":
-        a = scores.relu().square()
+    if config.local in UNNORMALISED:
+        a = UNNORMALISED[config.local](scores)
         a_sum = torch.ones_like(a[..., :1])
     else:
         m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
