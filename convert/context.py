@@ -33,6 +33,9 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "export": ("export", "name", "model.license", "model.license_link", "model.base_model"),
     "push": ("push",),
 }
+# Fields that were added to sections: where they are as they were before there was a choice, a run that was begun before
+# can go on.
+ADDED_FIELDS = {"masked": False}
 STAGES = tuple(STAGE_INPUTS)
 STATE = "state.json"
 OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export", "push")
@@ -70,7 +73,10 @@ class Context:
 
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [name for name in STAGES if name not in OPTIONAL or getattr(self.recipe, name) is not None]
+        left_out = {name for name in OPTIONAL if getattr(self.recipe, name) is None}
+        if self.recipe.attention is None:
+            left_out.add("install")
+        return [name for name in STAGES if name not in left_out]
 
     def stage_directory(self, stage: str) -> Path:
         return self.directory / stage
@@ -106,6 +112,11 @@ class Context:
         inputs = {name: STAGE_INPUTS[name] for name in upto}
         if "install" in inputs and self.recipe.keep is not None and self.recipe.keep.kv_budget is not None:
             inputs["install"] += ("data.train",)
+        if self.recipe.model.config is not None:
+            inputs["load"] += ("model.config", "seed")
+        if self.recipe.finetune is not None and self.recipe.finetune.masked:
+            # Which head the model has, and whether its tokenizer has a mask.
+            inputs["load"] += ("finetune.masked",)
         parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):
@@ -196,6 +207,8 @@ def _part(recipe: dict[str, Any], path: str) -> Any:
     value: Any = recipe
     for key in path.split("."):
         value = None if value is None else value[key]
+    if isinstance(value, dict):
+        value = {key: item for key, item in value.items() if key not in ADDED_FIELDS or item != ADDED_FIELDS[key]}
     return value
 
 

@@ -17,7 +17,7 @@ TOKENS_AT_ONCE = 256
 
 
 class NextTokenAndDistillation:
-    """`next_token` * cross-entropy + `distill` * KL(teacher || student).
+    """`next_token` * cross-entropy of next (or masked) tokens + `distill` * KL(teacher || student).
 
     The teacher is the same model with adapters off and softmax attention on: no second copy is loaded. It reads whole
     sequences: where the student goes through them chunk by chunk, all of the teacher's logits wait for it.
@@ -29,9 +29,13 @@ class NextTokenAndDistillation:
         self.section, self.calls_backward, self.parts = section, section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        # The logits of the last token have no label.
-        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        if not self.section.masked:
+            inputs["use_cache"] = False
+        labels = batch["labels"]
+        if not self.section.masked:
+            # The logits of the last token have no label.
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         weights = label_weights(labels)
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)

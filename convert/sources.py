@@ -1,19 +1,34 @@
 """Where models come from: a Hub id, a local directory, a GGUF file, or a file inside an installed package."""
 
+import difflib
 import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from linearize.recipes.schema import ModelSection, package_file
+import linearize.layers.flash  # noqa: F401  (a family that transformers is to know)
+from linearize.recipes.schema import ModelSection, Recipe, package_file
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
+
+# Embeddings of other sizes make for slow products on GPUs.
+VOCABULARY_MULTIPLE = 64
+MASK = "<mask>"
 
 CARD = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
@@ -59,6 +74,60 @@ def load_config(source: Source):
         return AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except READ_ERRORS as error:
         raise ValueError(f"model.source: cannot use {source.path}: {first_line(error)}") from error
+
+
+def auto_class(recipe: Recipe):
+    """transformers' class for models that predict what the recipe trains them to."""
+    return AutoModelForMaskedLM if recipe.finetune and recipe.finetune.masked else AutoModelForCausalLM
+
+
+def new_config(model: ModelSection, tokenizer) -> PreTrainedConfig:
+    """The configuration `model.config`, the tokenizer's vocabulary and special tokens in it where it names none.
+
+    Raises:
+        ValueError: transformers does not know the family, a field, or its value.
+    """
+    given = dict(model.config)
+    family = given.pop("model_type")
+    try:
+        default = AutoConfig.for_model(family)
+    except ValueError as error:
+        raise ValueError(f"model.config: transformers knows no model_type {family}") from error
+    known = {*default.to_dict(), *type(default).attribute_map}
+    if "transformers_version" not in given:
+        # Written by hand: what is saved by transformers may have fields of older versions.
+        for name in given.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ValueError(f"model.config.{name}: {family} has no such field{hint}")
+    size = max(tokenizer.get_vocab().values()) + 1
+    filled = {"vocab_size": -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        filled[name] = getattr(tokenizer, name)
+    try:
+        return AutoConfig.for_model(family, **{name: filled[name] for name in filled if name in known} | given)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model.config: {first_line(error)}") from error
+
+
+def new_model(config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM) -> PreTrainedModel:
+    """A model with random weights, in fp32."""
+    torch.manual_seed(seed)
+    return auto.from_config(config, dtype=torch.float32).eval()
+
+
+def tokenizer_of(recipe: Recipe):
+    """`load_tokenizer`, with a token that masks others if the recipe trains by that: a new one, where the model is new.
+
+    Raises:
+        ValueError: as `load_tokenizer`, or a model with weights has no such token.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    if recipe.finetune and recipe.finetune.masked and tokenizer.mask_token is None:
+        if recipe.model.config is None:
+            raise ValueError("finetune.masked: the model's tokenizer has no token that masks others; use masked: false")
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer
 
 
 def load_tokenizer(model: ModelSection):
@@ -109,14 +178,14 @@ def check_weights(directory: Path) -> None:
                 raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
-def load_model(source: Source, dtype: str, **placing) -> PreTrainedModel:
+def load_model(source: Source, dtype: str, auto=AutoModelForCausalLM, **placing) -> PreTrainedModel:
     """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU, or where `placing` has
-    `from_pretrained` put them (`device_map`, ..).
+    `from_pretrained` put them (`device_map`, ..); `auto` is its `auto_class`.
 
     Raises:
         ValueError: when weights are missing or of another shape; OSError: when files are.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = auto.from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -124,7 +193,7 @@ def load_model(source: Source, dtype: str, **placing) -> PreTrainedModel:
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:
         # transformers keeps regarding what came out of a GGUF file as quantized, and refuses to save it.
-        dense = AutoModelForCausalLM.from_config(load_config(source), dtype=dtype)
+        dense = auto.from_config(load_config(source), dtype=dtype)
         dense.load_state_dict(model.state_dict())
         dense.generation_config = model.generation_config
         model = dense

@@ -44,8 +44,11 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
-        memory=_memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
+        linear=recipe.attention is not None,
+        masked=recipe.finetune is not None and recipe.finetune.masked,
+        memory=recipe.attention and _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
         name=recipe.name,
+        new=recipe.model.config,
         plots={name: describe(figure) for name, figure in (figures or {}).items()},
         recipe=recipe,
         reference=reference(evaluated) if evaluated else None,
@@ -75,9 +78,12 @@ def imported_card(
         base=on_hub,
         base_name=Path(base).name,
         checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
+        linear=True,
+        masked=False,
         medusa=None,
         memory=_memory(published.kept, published.config.kept_window),
         name=name,
+        new=None,
         paper=PAPERS[published.format],
         published=published,
         ranks=sorted({len(A) for A, _ in published.adapters.values()}),
@@ -115,23 +121,35 @@ def _memory(kept_heads: dict, kept_window: int | None) -> str:
 
 
 def _limits(recipe: Recipe, metrics: dict) -> Iterator[str]:
-    config, evaluated = recipe.attention.config, metrics.get("evaluate")
-    beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
-    held = "is held in a state of fixed size, and much of it is not remembered word for word"
-    if config.feature_map is None:
-        held = "is not seen"
-    kept = " (by heads that do not stay softmax)" if recipe.keep else ""
-    yield f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
+    evaluated = metrics.get("evaluate")
+    if recipe.attention is not None:
+        yield _forgotten(recipe, evaluated)
     trained = [section.longest for stage in TRAINING[:2] if (section := getattr(recipe, stage)) is not None]
     known = f"It was trained on sequences of up to {max(trained)} tokens" if trained else "It was not trained"
     measured = f"measured in windows of up to {max(map(int, evaluated['tokens']))}" if evaluated else "not measured"
     yield f"{known}, and {measured}; what it does with longer ones is unknown."
     saved = (recipe.export and recipe.export.dtype) or recipe.model.dtype
-    masters = "" if saved == "float32" else ", those of the attention layers in float32, which they stay when loaded"
+    masters = ""
+    if saved != "float32" and recipe.attention is not None:
+        masters = ", those of the attention layers in float32, which they stay when loaded"
     done = "measured" if evaluated else "made"
     yield f"Its weights are saved in {saved}{masters}; it was {done} in {recipe.model.dtype}."
-    yield "It runs code from its directory (`trust_remote_code`); read it, or pin a revision that you have read."
-    yield "What its base model says wrongly or harmfully, it says, too: the conversion does nothing about that."
+    if recipe.attention is not None:
+        yield "It runs code from its directory (`trust_remote_code`); read it, or pin a revision that you have read."
+    if recipe.model.config is None:
+        yield "What its base model says wrongly or harmfully, it says, too: the conversion does nothing about that."
+    else:
+        yield "It knows what the training data below say, however wrong or harmful, and nothing else."
+
+
+def _forgotten(recipe: Recipe, evaluated: dict | None) -> str:
+    config = recipe.attention.config
+    beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
+    held = "is held in a state of fixed size, and much of it is not remembered word for word"
+    if config.feature_map is None:
+        held = "is not seen"
+    kept = " (by heads that do not stay softmax)" if recipe.keep else ""
+    return f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
 
 
 def _recalled(evaluated: dict) -> str:

@@ -5,6 +5,7 @@ Spec: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -13,6 +14,7 @@ from linearize.hub.measured import converted
 from linearize.recipes.schema import FILE_SUFFIXES, DataSource, Recipe
 
 HUB = "https://huggingface.co"
+LINEAR, GENERATION = "linear-attention", "text-generation"
 # What the Hub takes as `license`, as its answer to another one lists it (2026); all else is `other`, by its name.
 LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8").split())
 
@@ -20,6 +22,8 @@ LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8")
 def base_model(recipe: Recipe) -> str | None:
     """Hub id of the model that was converted, where it has one."""
     source = recipe.model.source
+    if source is None:
+        return None
     local = source.startswith("package:") or source.endswith(".gguf") or Path(source).expanduser().exists()
     return recipe.model.base_model or (None if local else source)
 
@@ -91,13 +95,21 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
         eval_results=measured or None,
         model_name=recipe.name if measured else None,
         # What is made of a model inherits its licence.
-        **_of_all(base, own if recipe.model.license else base_card, base_card, ["medusa"] if recipe.medusa else []),
+        **_of_all(base, own if recipe.model.license else base_card, base_card, list(_tags(recipe))),
+        pipeline_tag="fill-mask" if recipe.finetune and recipe.finetune.masked else GENERATION,
     )
 
 
 def imported_metadata(base: str | None, base_card: dict) -> ModelCardData:
     """The head of the card of a model that others trained from `base`, a Hub id."""
-    return ModelCardData(**_of_all(base, base_card, base_card, []))
+    return ModelCardData(**_of_all(base, base_card, base_card, [LINEAR]), pipeline_tag=GENERATION)
+
+
+def _tags(recipe: Recipe) -> Iterator[str]:
+    if recipe.attention is not None:
+        yield LINEAR
+    if recipe.medusa is not None:
+        yield "medusa"
 
 
 def _of_all(base: str | None, licensed: dict, base_card: dict, tags: list[str]) -> dict:
@@ -107,7 +119,6 @@ def _of_all(base: str | None, licensed: dict, base_card: dict, tags: list[str]) 
         "base_model_relation": "finetune" if base else None,
         "language": base_card.get("language"),
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["linearize", "linear-attention", *tags],
+        "tags": ["linearize", *tags],
         **license_fields(licensed, base),
     }

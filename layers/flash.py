@@ -147,6 +147,7 @@ class GatedAttentionUnit(GradientCheckpointingLayer):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim, self.value_dim, self.shifted = config.head_dim, config.value_dim, config.hidden_size // 2
+        self.cached_dim = self.value_dim + self.shifted
         self.norm = ScaleNorm(config)
         self.in_proj = nn.Linear(config.hidden_size, 2 * self.value_dim + self.head_dim)
         self.gamma = nn.Parameter(torch.ones(2, self.head_dim))

@@ -1,9 +1,10 @@
 """What a recipe may say: typed sections that check everything that can be checked offline, without torch."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -60,11 +61,31 @@ def _check_model_source(source: str) -> str:
 ModelSource = Annotated[Text, AfterValidator(_check_model_source)]
 
 
+def _read_config(config: Any) -> dict[str, Any] | None:
+    """A model's configuration, written out or in a file."""
+    if isinstance(config, str):
+        path = Path(config).expanduser()
+        if not path.is_file():
+            raise ValueError(f"no such file: {config}; name a config.json, or write its fields here")
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+    if config is None:
+        return None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError("names no model_type, such as gpt2, llama, bert or linearize_flash")
+    return config
+
+
 class ModelSection(Section):
-    """Where the model comes from.
+    """Where the model comes from; `source` or `config`, one of them.
 
     Attributes:
         source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<file>`.
+        config: of a model without weights, to train from scratch: `model_type` and what differs from transformers'
+            defaults for it, or the path of a `config.json`. What it leaves out of vocabulary and special tokens is the
+            tokenizer's. The weights are drawn by the recipe's seed.
         revision: branch, tag or commit on the Hub.
         dtype: of the weights in memory.
         tokenizer: a model source to take the tokenizer from; None takes the model's own.
@@ -74,13 +95,27 @@ class ModelSection(Section):
         base_model: Hub id that the card names where `source` is a file.
     """
 
-    source: ModelSource
+    source: ModelSource | None = None
+    config: Annotated[Any, AfterValidator(_read_config)] = None
     revision: Text | None = None
     dtype: Dtype = "float32"
     tokenizer: ModelSource | None = None
     license: Text | None = None
     license_link: Text | None = None
     base_model: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "ModelSection":
+        if self.source is None and self.config is None:
+            raise ValueError("source: required, but missing")
+        if self.config is None:
+            return self
+        for name in ("source", "revision", "base_model"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: config makes a model without weights; drop one of them")
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: required, as a model without weights brings none")
+        return self
 
 
 class DataSource(Section):
@@ -153,7 +188,10 @@ class FinetuneSection(ShardedTraining):
         alpha: scale of the adapters, as in LoRA.
         targets: names of the linear modules that get an adapter.
         train_attention: also train what the linear attention layers added.
-        next_token: weight of the next-token cross-entropy.
+        masked: predict 15% of the tokens, of which 80% are masked and 10% others (BERT's rule), from those on both
+            sides, in place of next tokens. A sequence is read as one, whatever documents are in it (RoBERTa's
+            FULL-SENTENCES).
+        next_token: weight of the cross-entropy of next (or masked) tokens.
         distill: weight of the KL divergence from the same model in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -171,6 +209,7 @@ class FinetuneSection(ShardedTraining):
     alpha: Annotated[float, Field(gt=0)] = 16
     targets: Annotated[list[Text], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     train_attention: bool = True
+    masked: bool = False
     next_token: Weight = 1.0
     distill: Weight = 0.0
     attention_lr: LearningRate | None = None
@@ -194,6 +233,13 @@ class FinetuneSection(ShardedTraining):
         if lr is not None and info.data.get("train_attention") is False:
             raise ValueError("train_attention is false, so no attention layer has a learning rate")
         return lr
+
+    @model_validator(mode="after")
+    def _sees_both_sides(self) -> "FinetuneSection":
+        for name in ("distill", "chunk", "facts", "recall"):
+            if self.masked and getattr(self, name):
+                raise ValueError(f"{name}: is about next tokens, which masked does without; drop one of them")
+        return self
 
     @model_validator(mode="after")
     def _chunks_fit(self) -> "FinetuneSection":
@@ -307,6 +353,8 @@ class Recipe(Section):
         name: of the converted model.
         output: directory for the stages' results. Relative paths are relative to the working directory.
         seed: of every random number generator.
+        attention: what replaces softmax attention; null: the model stays as it is, and what is trained and exported is
+            an ordinary checkpoint.
         report_to: what shows losses and learning rates while a stage trains: `trackio`, `tensorboard`, `wandb` or
             another of transformers' integrations. No result depends on it.
     """
@@ -316,7 +364,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     report_to: Annotated[list[Text], Listed] = []
     model: ModelSection
-    attention: AttentionSection = AttentionSection()
+    attention: AttentionSection | None = AttentionSection()
     keep: Annotated[KeepSection | None, Field(validate_default=True)] = None
     data: DataSection
     transfer: TransferSection | None = None
@@ -332,7 +380,38 @@ class Recipe(Section):
         attention = info.data.get("attention")
         if keep is None and attention is not None and attention.kept_window is not None:
             raise ValueError("attention.kept_window is for heads that are kept; say which, or set it to null")
+        if keep is not None and attention is None and "attention" in info.data:
+            raise ValueError("attention: null keeps all heads softmax; leave keep out")
         return keep
+
+    @field_validator("transfer", "medusa")
+    @classmethod
+    def _needs_linear_attention(cls, section: Training | None, info: ValidationInfo) -> Training | None:
+        if section is not None and info.data.get("attention", section) is None:
+            raise ValueError("attention: null leaves no linear attention, which this stage is for; leave it out")
+        return section
+
+    @field_validator("transfer")
+    @classmethod
+    def _has_a_teacher(cls, transfer: TransferSection | None, info: ValidationInfo) -> TransferSection | None:
+        model = info.data.get("model")
+        if transfer is not None and model is not None and model.config is not None:
+            raise ValueError("a model without weights teaches nothing; leave transfer out, finetune trains it")
+        return transfer
+
+    @field_validator("finetune")
+    @classmethod
+    def _trains_what_is_there(cls, finetune: FinetuneSection | None, info: ValidationInfo) -> FinetuneSection | None:
+        model, attention = info.data.get("model"), info.data.get("attention", finetune)
+        if finetune is None:
+            return finetune
+        if model is not None and model.config is not None and finetune.method == "lora":
+            raise ValueError("method: adapters of random weights learn little; use method: full")
+        if attention is None and finetune.chunk is not None:
+            raise ValueError("chunk: softmax attention has no cache of constant size to carry on; use chunk: null")
+        if attention is not None and finetune.masked:
+            raise ValueError("masked: linear attention sees no tokens that are to come; use attention: null")
+        return finetune
 
     @field_validator("transfer", "finetune", "medusa")
     @classmethod
@@ -383,8 +462,12 @@ class Recipe(Section):
     @field_validator("evaluate")
     @classmethod
     def _tunable_teacher(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
+        finetune = info.data.get("finetune")
+        if evaluate is not None and finetune is not None and finetune.masked:
+            raise ValueError("its measures are of next tokens, and the model predicts masked ones; leave it out")
+        if evaluate is not None and evaluate.tuned_teacher and info.data.get("attention", evaluate) is None:
+            raise ValueError("tuned_teacher: with attention: null the model is that itself; leave it out")
         if evaluate is not None and evaluate.tuned_teacher and "finetune" in info.data:
-            finetune = info.data["finetune"]
             if finetune is None:
                 raise ValueError("tuned_teacher: needs the section finetune, which says how to tune it")
             if not finetune.next_token:
@@ -396,4 +479,6 @@ class Recipe(Section):
     def _exported_before(cls, push: PushSection | None, info: ValidationInfo) -> PushSection | None:
         if push is not None and info.data.get("export", push) is None:
             raise ValueError("only an exported model can be pushed; add the section export, which may be {}")
+        if push is not None and info.data.get("attention", push) is None:
+            raise ValueError("linear models are pushed; leave push out and upload the exported directory by hf upload")
         return push
