@@ -75,10 +75,11 @@ def measure(job: str, shape: str, steps: int) -> dict:
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=length, **SHAPES[shape])
 
     def random_model(context, **keywords):
-        # A CPU would take a minute to draw so many weights; stages find a model in host memory.
+        # A CPU would take a minute to draw so many weights.
         with torch.device(DEVICE):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-        if "ZeRO-3 teacher" not in job:
+        if "blocks" in job:
+            # They come from host memory.
             model = model.cpu()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -86,6 +87,7 @@ def measure(job: str, shape: str, steps: int) -> dict:
         return model
 
     transfer.softmax_model = models.softmax_model = random_model
+    transfer.held_out = lambda context: torch.randint(32000, (1, length))
     training.ShowProgress = Clock
     with tempfile.TemporaryDirectory() as directory:
         # All processes write to the same one.
@@ -117,7 +119,10 @@ def work(shape: str, jobs: list[str], steps: int, out: Path) -> None:
             continue
         # Models are in cycles: the one before would be counted.
         gc.collect()
-        found[job] = measure(job, shape, steps)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        left = torch.cuda.memory_allocated() / 1e9 if DEVICE == "cuda" else 0.0
+        found[job] = {"GB before": left} | measure(job, shape, steps)
         if processes.is_main():
             print(shape, processes.count(), job, found[job], flush=True)
             out.write_text(json.dumps(found))

@@ -3,11 +3,12 @@
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.layers.attention import LinearAttention
 from linearize.layers.flash import FlashForCausalLM
-from linearize.layers.seam import attention_modules, head_shapes, install, is_rotary
+from linearize.layers.seam import attention_modules, head_shapes, install, is_causal, is_rotary
 from linearize.recipes.attention import KeepSection
 from linearize.recipes.schema import Recipe
 
 CONTEXTS = (2048, 8192, 32768, 131072)
+KINDS = {"causal-lm": "a causal language model", "masked-lm": "a masked language model", "encoder": "an encoder"}
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -35,6 +36,12 @@ def linear(recipe: Recipe, model) -> dict:
             if found and (not field or getattr(found, field)):
                 raise ValueError(f"{name}: is about softmax attention, which FLASH has not; leave it out")
     modules, shapes = attention_modules(model), head_shapes(model)
+    is_encoder = recipe.model.head == "encoder"
+    if is_encoder == all(map(is_causal, modules.values())):
+        other = "causal-lm" if is_encoder else "encoder"
+        looks = "sees only what is before a token" if is_encoder else "sees what is behind a token"
+        kind = KINDS[recipe.model.head]
+        raise ValueError(f"model.head: {type(model).__name__} {looks}, so it is not {kind}; use head: {other}")
     heads, kv_heads, head_dim = next(iter(shapes.values()))
     kept = _planned_heads(recipe.keep, {layer: kv_heads for layer, (_, kv_heads, _) in shapes.items()})
     try:
@@ -55,7 +62,8 @@ def linear(recipe: Recipe, model) -> dict:
         "kept_bytes": sum(kept_bytes(layer, item) for layer in layers.values()),
         "kept_tokens": recipe.attention.config.kept_tokens,
         "state_bytes": sum(held),
-        "kv_bytes": {length: per_token * length for length in CONTEXTS},
+        # Encoders have no cache.
+        "kv_bytes": {} if is_encoder else {length: per_token * length for length in CONTEXTS},
     }
 
 
@@ -77,7 +85,7 @@ def softmax(recipe: Recipe, model) -> dict:
         "kept_bytes": per_token,
         "kept_tokens": None,
         "state_bytes": 0,
-        "kv_bytes": {length: per_token * length for length in CONTEXTS},
+        "kv_bytes": {length: per_token * length for length in CONTEXTS} if recipe.model.head == "causal-lm" else {},
     }
 
 

@@ -104,18 +104,20 @@ class TrainingBatches(Dataset):
         sources: token ids of each source's documents; no more of them are read than the stage needs.
         section: of the stage.
         seed: of the order, recall, facts and position offsets.
-        tokenizer: writes the facts, if `section.facts`, and masks tokens, if `section.masked`: `labels` are those of
-            the masked ones then, -100 elsewhere, and positions those within the sequence.
+        tokenizer: writes the facts, if `section.facts`, and masks tokens.
+        masked: 15% of the tokens are to be predicted from what is on both sides: `labels` has those, -100 elsewhere. In
+            their place, 80% are masked, 10% others (BERT's rule). A sequence is read as one, whatever documents are in
+            it (RoBERTa's FULL-SENTENCES).
 
     Raises:
         ValueError: there are fewer tokens than one sequence needs.
     """
 
     def __init__(
-        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, tokenizer=None
+        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, tokenizer=None, masked: bool = False
     ):
         self.section, self.seed, self.tokenizer = section, seed, tokenizer
-        self.masked = getattr(section, "masked", False)
+        self.masked = masked
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
         documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)

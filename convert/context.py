@@ -33,9 +33,6 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     "export": ("export", "name", "model.license", "model.license_link", "model.base_model"),
     "push": ("push",),
 }
-# Fields that were added to sections: where they are as they were before there was a choice, a run that was begun before
-# can go on.
-ADDED_FIELDS = {"masked": False}
 STAGES = tuple(STAGE_INPUTS)
 STATE = "state.json"
 OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export", "push")
@@ -112,11 +109,10 @@ class Context:
         inputs = {name: STAGE_INPUTS[name] for name in upto}
         if "install" in inputs and self.recipe.keep is not None and self.recipe.keep.kv_budget is not None:
             inputs["install"] += ("data.train",)
+        if self.recipe.model.head != "causal-lm":
+            inputs["load"] += ("model.head",)
         if self.recipe.model.config is not None:
             inputs["load"] += ("model.config", "seed")
-        if self.recipe.finetune is not None and self.recipe.finetune.masked:
-            # Which head the model has, and whether its tokenizer has a mask.
-            inputs["load"] += ("finetune.masked",)
         parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):
@@ -207,8 +203,6 @@ def _part(recipe: dict[str, Any], path: str) -> Any:
     value: Any = recipe
     for key in path.split("."):
         value = None if value is None else value[key]
-    if isinstance(value, dict):
-        value = {key: item for key, item in value.items() if key not in ADDED_FIELDS or item != ADDED_FIELDS[key]}
     return value
 
 

@@ -10,6 +10,7 @@
     passkey     size: length -> `measures.passkey`           recall      size: number of pairs -> `measures.recall`
     speed       size: length of the context -> `speed.speed`, of the teacher and the final model
     far_mass    size: length of the text -> `far_mass.far_mass`, of the same where linear heads divide their mass
+    embedding   size: length of a text -> `encoders.embedding`, of encoders, of which nothing else is measured
 
 The file is written after every measurement, and an interrupted stage goes on behind the last one. Models between the
 first and the last are measured on `text` of the first length alone, ablations on `text` and `copying`.
@@ -18,6 +19,7 @@ first and the last are measured on `text` of the first length alone, ablations o
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from transformers import PreTrainedModel
 from linearize.convert import processes
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import token_stream
+from linearize.convert.encoders import edges, embed, encoder_measures, remembered
 from linearize.convert.finetune import tune
 from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
@@ -66,7 +69,7 @@ def ablations(model: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module]]:
 
 def final_schedule(name: str, measures: list[Measure]) -> Schedule:
     """Everything for the final model, and for its ablations what shows the difference cheaply."""
-    ablated = [measure for measure in measures if measure.name in ("text", "copying")]
+    ablated = [measure for measure in measures if measure.name in ("text", "copying", "embedding")]
     return {("models", name): measures} | {("ablations", ablation): ablated for ablation in ABLATIONS}
 
 
@@ -81,7 +84,8 @@ def measure_all(
     results = {"tokens": {}, "models": {}, "ablations": {}}
     for (group, name), measures in schedule.items():
         results[group][name] = {}
-        results["tokens"] |= {measure.size: measure.tokens for measure in measures if measure.name == "text"}
+        whole = [measure for measure in measures if measure.name in ("text", "embedding")]
+        results["tokens"] |= {measure.size: measure.tokens for measure in whole}
     if path is not None and path.is_file():
         results = json.loads(path.read_text("utf-8"))
     total = sum(measure.tokens for measures in schedule.values() for measure in measures)
@@ -120,9 +124,12 @@ def tuned_teacher(context: Context) -> nn.Module:
     return model.to(context.device).eval()
 
 
-def baselines(own: LinearAttentionConfig) -> dict[str, LinearAttentionConfig]:
-    """Name -> window + sinks alone: the published baseline, and last the one at this recipe's own window."""
+def baselines(own: LinearAttentionConfig, is_encoder: bool) -> dict[str, LinearAttentionConfig]:
+    """Name -> window + sinks alone: the published baseline, which is causal, and last the one at this recipe's own
+    window."""
     configs = (PRESETS["swa"], window_alone(own))
+    if is_encoder:
+        configs = (replace(configs[1], sink_distance=None),)
     return {f"{c.window} window {c.window_size} + {c.sinks} sinks, untrained": c for c in configs}
 
 
@@ -138,7 +145,7 @@ def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     if recipe.evaluate.tuned_teacher:
         schedule["models", TUNED_TEACHER] = everything
     if _has_baselines(context):
-        *published, own = baselines(recipe.attention.config)
+        *published, own = baselines(recipe.attention.config, recipe.model.head == "encoder")
         schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
     *before, last = names
     schedule |= {("models", name): measures[:1] for name in before}
@@ -159,7 +166,8 @@ def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
     if _has_baselines(context):
         yield ("models", TEACHER), model
         if context.recipe.attention is not None:
-            for name, config in baselines(context.recipe.attention.config).items():
+            is_encoder = context.recipe.model.head == "encoder"
+            for name, config in baselines(context.recipe.attention.config, is_encoder).items():
                 yield ("models", name), install(model, config)
     for stage, converted in stages_of(context, model):
         if stage == "load":
@@ -175,8 +183,12 @@ def run(context: Context) -> Artifact:
     recipe = context.recipe
     stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
     # The plan has refused what the model's positions do not allow.
-    config = recipe.attention and recipe.attention.config
-    measures = make_measures(recipe.evaluate, stream, context.tokenizer, config)
+    if recipe.model.head == "encoder":
+        teacher = remembered(lambda rows: embed(softmax_model(context).to(context.device), rows))
+        measures = encoder_measures(recipe.evaluate, stream, edges(context.tokenizer), None, teacher)
+    else:
+        config = recipe.attention and recipe.attention.config
+        measures = make_measures(recipe.evaluate, stream, context.tokenizer, config)
     if recipe.evaluate.tuned_teacher:
         train_tuned_teacher(context)
     directory = context.stage_directory("evaluate")

@@ -1,13 +1,19 @@
 """Stage finetune: the converted model end to end, by LoRA or in full, on next tokens and/or its softmax self."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from linearize.convert.chunks import Chunks, recompute_blocks
 from linearize.convert.context import Artifact, Context
+from linearize.convert.encoders import edges, framed
 from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
+from linearize.convert.objectives import relative_error
 from linearize.convert.training import label_weights, train
 from linearize.layers.seam import LinearizedMixin
 from linearize.recipes.schema import FinetuneSection
@@ -25,15 +31,15 @@ class NextTokenAndDistillation:
 
     is_local = False
 
-    def __init__(self, section: FinetuneSection):
-        self.section, self.calls_backward, self.parts = section, section.chunk is not None, {}
+    def __init__(self, section: FinetuneSection, masked: bool = False):
+        self.section, self.masked, self.calls_backward, self.parts = section, masked, section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        if not self.section.masked:
+        if not self.masked:
             inputs["use_cache"] = False
         labels = batch["labels"]
-        if not self.section.masked:
+        if not self.masked:
             # The logits of the last token have no label.
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         weights = label_weights(labels)
@@ -71,18 +77,44 @@ class NextTokenAndDistillation:
         return (loss * weights).sum()
 
     def _teacher_logits(self, model, inputs):
-        base = model.get_base_model()
-        student = base.config._attn_implementation
-        base.set_attn_implementation("sdpa")
-        model.eval()
-        try:
-            # Under the trainer's precision, but without its copy of the logits in fp32.
-            autocast = torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.section.bf16)
-            with torch.no_grad(), autocast, model.disable_adapter():
-                return base(**inputs).logits
-        finally:
-            base.set_attn_implementation(student)
-            model.train()
+        with softmax_self(model, inputs["input_ids"].device, self.section.bf16) as teacher:
+            return teacher(**inputs).logits
+
+
+class HiddenStates:
+    """Squared error of an encoder's hidden states relative to those of the same model with adapters off and softmax
+    attention on, mean over sequences.
+
+    Args:
+        around: what its tokenizer puts around each sequence (`encoders.edges`).
+    """
+
+    is_local = calls_backward = False
+
+    def __init__(self, section: FinetuneSection, around: tuple[list[int], list[int]]):
+        self.section, self.around, self.parts = section, around, {}
+
+    def loss(self, model, batch, accumulation, step):
+        ids = framed(batch["input_ids"], self.around)
+        with softmax_self(getattr(model, "module", model), ids.device, self.section.bf16) as teacher:
+            target = teacher(input_ids=ids).last_hidden_state
+        return relative_error(model(input_ids=ids).last_hidden_state, target, None)
+
+
+@contextmanager
+def softmax_self(model: PeftModel, device: torch.device, bf16: bool) -> Iterator[PreTrainedModel]:
+    """Inside, without gradients, what the model was before it was converted: adapters off, softmax attention on."""
+    base = model.get_base_model()
+    student = base.config._attn_implementation
+    base.set_attn_implementation("sdpa")
+    model.eval()
+    try:
+        # Under the trainer's precision, but without its copy of the logits in fp32.
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16), model.disable_adapter():
+            yield base
+    finally:
+        base.set_attn_implementation(student)
+        model.train()
 
 
 def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, list[float]]:
@@ -103,7 +135,10 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
-    steps = train(context, stage, model, NextTokenAndDistillation(section), section, learning_rates)
+    objective = NextTokenAndDistillation(section, context.recipe.model.head == "masked-lm")
+    if context.recipe.model.head == "encoder":
+        objective = HiddenStates(section, edges(context.tokenizer))
+    steps = train(context, stage, model, objective, section, learning_rates)
     return model, [step["loss"] for step in steps]
 
 

@@ -7,16 +7,15 @@ from linearize.convert.context import Artifact, Context
 def run(context: Context) -> Artifact:
     recipe = context.recipe.model
     directory = context.stage_directory("load")
-    tokenizer = sources.tokenizer_of(context.recipe)
+    tokenizer = sources.tokenizer_of(recipe)
     tokenizer.save_pretrained(directory / "tokenizer")
-    auto = sources.auto_class(context.recipe)
     if recipe.config is not None:
         config = sources.new_config(recipe, tokenizer)
-        sources.new_model(config, context.recipe.seed, auto).save_pretrained(directory / "model")
+        sources.new_model(config, context.recipe.seed, recipe.head).save_pretrained(directory / "model")
         return Artifact(directory, {"source": None, "revision": None, "card": {}})
     source = sources.locate(recipe.source, recipe.revision)
     if source.gguf:
-        sources.load_model(source, recipe.dtype, auto).save_pretrained(directory / "model")
+        sources.load_model(source, recipe.dtype, recipe.head).save_pretrained(directory / "model")
     # A branch on the Hub moves; what is converted is the commit that it pointed to.
     commit = getattr(sources.load_config(source), "_commit_hash", None)
     metrics = {"source": recipe.source, "revision": commit or recipe.revision, "card": sources.base_card(source)}

@@ -18,9 +18,10 @@ from linearize.convert.speed import DECODED, RUNS, speed
 from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import rotary_embeddings
 from linearize.recipes.evaluation import EvaluateSection
+from linearize.recipes.schema import LONGEST_AT_ONCE
 
 # Longer sequences go through the model in pieces of this many tokens, with its cache between them.
-PIECE = 2048
+PIECE = LONGEST_AT_ONCE
 # Pieces of several sequences go through the model together up to so many tokens; a CPU gains nothing from more.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 # The caches between them hold so many tokens: 8 GiB of a softmax model of 8B parameters.

@@ -34,7 +34,7 @@ def softmax_model(context: Context, **placing) -> PreTrainedModel:
         loaded = context.state("load")["metrics"]
         source = sources.locate(recipe.source, loaded["revision"])
     try:
-        return sources.load_model(source, recipe.dtype, sources.auto_class(context.recipe), **placing)
+        return sources.load_model(source, recipe.dtype, recipe.head, **placing)
     except (OSError, ValueError) as error:
         raise StageError(f"model.source: {error}") from error
 
@@ -98,9 +98,8 @@ def kept_heads(context: Context, model: PreTrainedModel) -> dict[int, tuple[int,
 
 def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel:
     """`model` with LoRA adapters, which alone are trainable."""
-    config = LoraConfig(
-        r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type="CAUSAL_LM"
-    )
+    task = "FEATURE_EXTRACTION" if getattr(model, "is_encoder", False) else "CAUSAL_LM"
+    config = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type=task)
     return get_peft_model(model, config)
 
 

@@ -25,12 +25,16 @@ SMOOTHING = 1e-4
 FAR_FLOOR = 1e-4
 
 
-def softmax_mask(segments: Tensor | None, length: int, sliding_window: int | None, device: torch.device) -> Tensor:
+def softmax_mask(
+    segments: Tensor | None, length: int, sliding_window: int | None, device: torch.device, causal: bool = True
+) -> Tensor:
     """[1 or B, T, T] whether the softmax model lets a query see a key. Padding sees padding: a row without any key
     would be NaN."""
     index = torch.arange(length, device=device)
     distance = index[:, None] - index
-    mask = ((distance >= 0) & (distance < (sliding_window or length)))[None]
+    mask = (distance.abs() < (sliding_window or length))[None]
+    if causal:
+        mask = mask & (distance >= 0)
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     return mask
@@ -92,10 +96,10 @@ class Example:
         with torch.autocast(device.type, enabled=False):
             scale = inputs.q.shape[-1] ** -0.5 if self.scaling is None else self.scaling
             scores = contract(inputs.q.float() * scale, inputs.k.float().mT)
-            mask = softmax_mask(segments, length, self.sliding_window, device)
+            mask = softmax_mask(segments, length, self.sliding_window, device, layer.causal)
             teacher = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
 
-        visible = softmax_mask(segments, length, None, device)
+        visible = softmax_mask(segments, length, None, device, layer.causal)
         if segments is None:
             position = torch.arange(length, device=device)[None]
         else:

@@ -158,12 +158,14 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
         for length in evaluated["tokens"]:
             if (times := ratio(evaluated, name, length)) is not None:
                 yield f"{times:.2f} ×", f"perplexity of the {teacher}, in windows of {length} tokens"
+        for length, cosine in evaluated["models"][name].get("embedding", {}).items():
+            yield f"{cosine['mean']:.3f}", f"cosine to the teacher's mean hidden state, of texts of {length} tokens"
         for size, figures in evaluated["models"][name].get("copying", {}).items():
             beside = ""
             if teacher and size in evaluated["models"][teacher].get("copying", {}):
                 beside = f"; teacher {evaluated['models'][teacher]['copying'][size]['accuracy']:.0%}"
             yield f"{figures['accuracy']:.0%}", f"of a text of {size} tokens copied when it is said again{beside}"
-    if run.plan and run.plan.kept_heads < run.plan.layers * run.plan.kv_heads:
+    if run.plan and run.plan.state_bytes and run.plan.kv_bytes:
         _, softmax, held = next(row for row in memory_by_context(run.plan) if row[0] == LONG_CONTEXT)
         yield f"{softmax / held:.1f} ×", f"less memory than the KV cache of {LONG_CONTEXT} tokens"
     if medusa := run.metrics.get("medusa"):
@@ -174,7 +176,8 @@ def _commands(run: Run) -> dict[str, str]:
     """What it does -> command."""
     directory = shlex.quote(str(run.directory))
     commands = {"run it again, elsewhere": f"linearize convert {shlex.quote(str(run.directory / RESOLVED))} --out NEW"}
-    if "export" in run.metrics:
+    # Encoders, which have no cache, neither talk nor are measured without their teacher.
+    if "export" in run.metrics and not (run.plan and not run.plan.kv_bytes):
         commands["talk to the model"] = f"linearize chat {directory}"
         if "medusa" in run.metrics:
             commands["talk to it with speculation"] = f"linearize chat {directory} --speculative"

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForMaskedLM
 
 from linearize.convert import sources
-from linearize.convert.attention_plan import BYTES, linear, softmax
+from linearize.convert.attention_plan import BYTES, KINDS, linear, softmax
 from linearize.convert.blocks import decoder_blocks
 from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
+from linearize.convert.encoders import edges, embed, encoder_measures
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.convert.reporting import check_reporting
@@ -97,7 +97,7 @@ def _make_plan(recipe: Recipe) -> Plan:
     new = recipe.model.config is not None
     tokenizer, source = None, None
     if new:
-        tokenizer = sources.tokenizer_of(recipe)
+        tokenizer = sources.tokenizer_of(recipe.model)
         config = sources.new_config(recipe.model, tokenizer)
     else:
         source = sources.locate(recipe.model.source, recipe.model.revision)
@@ -112,7 +112,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         except ValueError as error:
             raise ValueError(f"model.source: {error}") from error
 
-    tokenizer = tokenizer or sources.tokenizer_of(recipe)
+    tokenizer = tokenizer or sources.tokenizer_of(recipe.model)
     try:
         check_tokenizer(tokenizer, text.vocab_size)
     except ValueError as error:
@@ -154,15 +154,13 @@ def _make_plan(recipe: Recipe) -> Plan:
 
 def _empty_model(recipe: Recipe, config):
     """The model of a configuration, without memory for its weights."""
-    auto, field = sources.auto_class(recipe), "model.source" if recipe.model.config is None else "model.config"
+    field = "model.source" if recipe.model.config is None else "model.config"
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
+            return sources.AUTO_CLASSES[recipe.model.head].from_config(config)
     except ValueError as error:
-        kind = "masked" if auto is AutoModelForMaskedLM else "causal"
-        raise ValueError(
-            f"{field}: {type(config).__name__} is not the configuration of a {kind} language model"
-        ) from error
+        kind = KINDS[recipe.model.head]
+        raise ValueError(f"{field}: {type(config).__name__} is not the configuration of {kind}") from error
 
 
 def _check_deepspeed(stage: str, section: ShardedTraining) -> None:
@@ -278,8 +276,11 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
     if recipe.evaluate is not None:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:
-            config = recipe.attention and recipe.attention.config
-            make_measures(recipe.evaluate, stream, tokenizer, config, position_limit(model))
+            if recipe.model.head == "encoder":
+                encoder_measures(recipe.evaluate, stream, edges(tokenizer), position_limit(model), embed)
+            else:
+                config = recipe.attention and recipe.attention.config
+                make_measures(recipe.evaluate, stream, tokenizer, config, position_limit(model))
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
 
@@ -353,7 +354,7 @@ def memory_by_context(plan: Plan) -> list[tuple[int, int, int]]:
 
 def show_memory(plan: Plan, console: Console) -> None:
     """The linear cache, kept heads included, beside the KV cache that it replaces, if it does."""
-    if not plan.state_bytes:
+    if not plan.kv_bytes or not plan.state_bytes:
         return
     table = Table()
     table.add_column("context")

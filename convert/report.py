@@ -17,6 +17,11 @@ def results_table(results: dict) -> Group:
 
 
 def _tables(results: dict) -> Iterator[RenderableType]:
+    measured = [figures for group in ("models", "ablations") for figures in results[group].values()]
+    if any("embedding" in figures for figures in measured):
+        title = "cosine of mean hidden states to the teacher's, by length of the text (and of the 5% that are furthest)"
+        yield _table(results, title, _cosines)
+        return
     teachers = {"x teacher": TEACHER, "x finetuned teacher": TUNED_TEACHER}
     teachers = {title: results["models"][name]["text"] for title, name in teachers.items() if name in results["models"]}
 
@@ -32,7 +37,6 @@ def _tables(results: dict) -> Iterator[RenderableType]:
     compared = f" ({', '.join(teachers)})" if teachers else ""
     yield _table(results, f"held-out perplexity by length{compared}", beside_teachers)
 
-    measured = [figures for group in ("models", "ablations") for figures in results[group].values()]
     everything = max(measured, key=len)
     longest = max(everything["text"], key=int)
     title = f"perplexity by position in windows of {longest}"
@@ -65,6 +69,11 @@ def _tables(results: dict) -> Iterator[RenderableType]:
     for name, figures in results["models"].items():
         for share in figures.get("far_mass", {}).values():
             yield f"attention beyond the window, {name}: {_far(share)}"
+
+
+def _cosines(figures: dict) -> dict[str, str]:
+    measured = figures.get("embedding", {})
+    return {length: f"{cosine['mean']:.3f} ({cosine['p5']:.3f})" for length, cosine in measured.items()}
 
 
 def _far(share: dict) -> str:

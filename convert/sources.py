@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -21,7 +22,10 @@ from transformers import (
 )
 
 import linearize.layers.flash  # noqa: F401  (a family that transformers is to know)
-from linearize.recipes.schema import ModelSection, Recipe, package_file
+from linearize.recipes.schema import Head, ModelSection, package_file
+
+# What loads a model by what it ends in.
+AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
@@ -76,11 +80,6 @@ def load_config(source: Source):
         raise ValueError(f"model.source: cannot use {source.path}: {first_line(error)}") from error
 
 
-def auto_class(recipe: Recipe):
-    """transformers' class for models that predict what the recipe trains them to."""
-    return AutoModelForMaskedLM if recipe.finetune and recipe.finetune.masked else AutoModelForCausalLM
-
-
 def new_config(model: ModelSection, tokenizer) -> PreTrainedConfig:
     """The configuration `model.config`, the tokenizer's vocabulary and special tokens in it where it names none.
 
@@ -110,22 +109,22 @@ def new_config(model: ModelSection, tokenizer) -> PreTrainedConfig:
         raise ValueError(f"model.config: {first_line(error)}") from error
 
 
-def new_model(config: PreTrainedConfig, seed: int, auto=AutoModelForCausalLM) -> PreTrainedModel:
+def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedModel:
     """A model with random weights, in fp32."""
     torch.manual_seed(seed)
-    return auto.from_config(config, dtype=torch.float32).eval()
+    return AUTO_CLASSES[head].from_config(config, dtype=torch.float32).eval()
 
 
-def tokenizer_of(recipe: Recipe):
-    """`load_tokenizer`, with a token that masks others if the recipe trains by that: a new one, where the model is new.
+def tokenizer_of(model: ModelSection):
+    """`load_tokenizer`, with a token that masks others if the model is to predict such: a new one, where it is new.
 
     Raises:
         ValueError: as `load_tokenizer`, or a model with weights has no such token.
     """
-    tokenizer = load_tokenizer(recipe.model)
-    if recipe.finetune and recipe.finetune.masked and tokenizer.mask_token is None:
-        if recipe.model.config is None:
-            raise ValueError("finetune.masked: the model's tokenizer has no token that masks others; use masked: false")
+    tokenizer = load_tokenizer(model)
+    if model.head == "masked-lm" and tokenizer.mask_token is None:
+        if model.config is None:
+            raise ValueError("model.head: the model's tokenizer has no token that masks others; use head: causal-lm")
         tokenizer.add_special_tokens({"mask_token": MASK})
     return tokenizer
 
@@ -178,14 +177,14 @@ def check_weights(directory: Path) -> None:
                 raise ValueError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
 
 
-def load_model(source: Source, dtype: str, auto=AutoModelForCausalLM, **placing) -> PreTrainedModel:
+def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) -> PreTrainedModel:
     """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU, or where `placing` has
-    `from_pretrained` put them (`device_map`, ..); `auto` is its `auto_class`.
+    `from_pretrained` put them (`device_map`, ..).
 
     Raises:
         ValueError: when weights are missing or of another shape; OSError: when files are.
     """
-    model, report = auto.from_pretrained(
+    model, report = AUTO_CLASSES[head].from_pretrained(
         source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
@@ -193,7 +192,7 @@ def load_model(source: Source, dtype: str, auto=AutoModelForCausalLM, **placing)
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:
         # transformers keeps regarding what came out of a GGUF file as quantized, and refuses to save it.
-        dense = auto.from_config(load_config(source), dtype=dtype)
+        dense = AUTO_CLASSES[head].from_config(load_config(source), dtype=dtype)
         dense.load_state_dict(model.state_dict())
         dense.generation_config = model.generation_config
         model = dense

@@ -27,6 +27,7 @@ from linearize.convert.batches import draws, shared
 from linearize.convert.blocks import Blocks
 from linearize.convert.context import Artifact, Context
 from linearize.convert.data import token_stream
+from linearize.convert.encoders import edges, framed
 from linearize.convert.models import LINEAR, model_after, softmax_model, train_only
 from linearize.convert.objectives import OBJECTIVES, Example, softmax_mask
 from linearize.convert.probes import windows
@@ -61,7 +62,7 @@ def softmax_attention(module: nn.Module, inputs: Inputs, value: Tensor, scaling:
     sliding_window = kwargs.get("sliding_window")
     mask = None
     if backend == "sdpa" and (segments is not None or sliding_window is not None):
-        mask = softmax_mask(segments, length, sliding_window, value.device)
+        mask = softmax_mask(segments, length, sliding_window, value.device, module.linear_attention.causal)
         mask = mask.expand(value.shape[0], length, length)[:, None]
     function = AttentionInterface()[backend]
     return function(module, inputs.q, inputs.k, value, mask, scaling=scaling, **kwargs)[0]
@@ -140,19 +141,25 @@ class AttentionTransfer:
         seed: of what is drawn.
         blocks: that a whole step goes through, in passes of no more tokens than `section` says; None: a batch is one
             pass through the model.
+        around: of an encoder, what its tokenizer puts around each sequence (`encoders.edges`).
     """
 
     calls_backward = is_local = True
 
-    def __init__(self, section: TransferSection, seed: int, blocks: Blocks | None = None):
-        self.section, self.seed, self.blocks = section, seed, blocks
+    def __init__(
+        self, section: TransferSection, seed: int, blocks: Blocks | None = None,
+        around: tuple[list[int], list[int]] | None = None,
+    ):  # fmt: skip
+        self.section, self.seed, self.blocks, self.around = section, seed, blocks, around
         self.parts = {}
 
     def loss(self, model, batch, accumulation, step):
         ids, positions = batch["input_ids"], batch["position_ids"]
+        if self.around is not None:
+            ids = framed(ids, self.around)
         rows = len(ids) if self.blocks is None else self.section.tokens_per_pass // ids.shape[1]
         passes = [
-            {"input_ids": ids, "position_ids": positions}
+            _reading(model, ids, positions)
             for ids, positions in zip(ids.split(rows), positions.split(rows), strict=True)
         ]
         layers = model.linear_attentions()
@@ -163,7 +170,7 @@ class AttentionTransfer:
                 layer.task = Task(self.section.objectives.active, self._branches(step), accumulation * len(passes))
         if self.blocks is None:
             with torch.no_grad():
-                model.base_model(**passes[0], use_cache=False)
+                model.base_model(**passes[0])
         else:
             self.blocks.run(passes)
         losses = {
@@ -179,6 +186,13 @@ class AttentionTransfer:
         dropout = self.section.window_dropout * (1 - step / self.section.steps)
         dropped = draws(self.seed, "window_dropout", step).random() < dropout
         return BRANCHES - {"local"} if dropped else BRANCHES
+
+
+def _reading(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str, Tensor | bool]:
+    """Arguments of a pass through the base model. Encoders count positions themselves, and not all are told them."""
+    if model.is_encoder:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "position_ids": positions, "use_cache": False}
 
 
 @contextmanager
@@ -241,20 +255,23 @@ def errors_of_heads(model: PreTrainedModel, ids: Tensor, blocks: Blocks | None =
         layer.task = HeadErrors()
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     # One by one, as no step takes less memory.
-    passes = [{"input_ids": row[None], "position_ids": positions} for row in ids]
+    passes = [_reading(model, row[None], positions) for row in ids]
     if blocks is not None:
         blocks.run(passes)
     else:
         with torch.no_grad():
             for inputs in passes:
-                model.base_model(**inputs, use_cache=False)
+                model.base_model(**inputs)
     return {str(index): layer.task.relative.tolist() for index, layer in layers.items()}
 
 
 def run(context: Context) -> Artifact:
     section, seed = shared("transfer", context.recipe.transfer, processes.count()), context.recipe.seed
     # What is wrong with these is said before hours of training.
-    ids = held_out(context).to(context.device)
+    ids, around = held_out(context).to(context.device), None
+    if context.recipe.model.head == "encoder":
+        around = edges(context.tokenizer)
+        ids = framed(ids, around)
     with frozen_model(context) as softmax:
         model = model_after(context, "install", softmax)
         train_only(model, lambda name: LINEAR in name)
@@ -268,7 +285,8 @@ def run(context: Context) -> Artifact:
             blocks = Blocks(model, context.device, section.blocks_at_once)
             # Whole steps, which the objective divides.
             batches = section.model_copy(update={"micro_batch_size": None})
-        steps = train(context, "transfer", model, AttentionTransfer(section, seed, blocks), batches, learning_rates)
+        objective = AttentionTransfer(section, seed, blocks, around)
+        steps = train(context, "transfer", model, objective, batches, learning_rates)
         last = {
             str(index): layer.task.losses[-1].item()
             for index, layer in layers.items()

@@ -108,10 +108,13 @@ def partitioned(load: Callable[[], PreTrainedModel], dtype: str) -> Iterator[Pre
     from deepspeed.runtime.zero import DeepSpeedZeRoOffload
     from deepspeed.utils.timer import NoopTimer
 
+    # DeepSpeed waits for the last of several parameters, before which gloo need not have got the others: what comes
+    # late would overwrite what was loaded. One after the other, they are not to be fetched ahead either, as DeepSpeed
+    # then takes for whole what it has let go since.
+    on_cpu = not torch.cuda.is_available()
+    ahead = {"prefetch_bucket_size": 0} if on_cpu else {}
     configuration = {
-        # While weights are loaded, DeepSpeed waits for the last of several parameters, before which gloo need not have
-        # got the others; then what comes late overwrites what was loaded.
-        "zero_optimization": {"stage": 3, "stage3_allgather_sequential": not torch.cuda.is_available()},
+        "zero_optimization": {"stage": 3, "stage3_allgather_sequential": on_cpu},
         "bf16": {"enabled": dtype == "bfloat16"},
         "train_micro_batch_size_per_gpu": 1,
     }
@@ -121,7 +124,7 @@ def partitioned(load: Callable[[], PreTrainedModel], dtype: str) -> Iterator[Pre
         model = load()
     finally:
         del loading
-    hooks = DeepSpeedZeRoOffload(model.base_model, NoopTimer(), configuration)
+    hooks = DeepSpeedZeRoOffload(model.base_model, NoopTimer(), configuration, **ahead)
     try:
         yield model
     finally:

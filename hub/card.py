@@ -42,11 +42,12 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         columns=columns(table),
         converted=converted(evaluated) if evaluated else None,
         data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
+        is_encoder=recipe.model.head == "encoder",
+        is_masked=recipe.model.head == "masked-lm",
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
         linear=recipe.attention is not None,
-        masked=recipe.finetune is not None and recipe.finetune.masked,
-        memory=recipe.attention and _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window),
+        memory=_cost(recipe, metrics),
         name=recipe.name,
         new=recipe.model.config,
         plots={name: describe(figure) for name, figure in (figures or {}).items()},
@@ -78,8 +79,9 @@ def imported_card(
         base=on_hub,
         base_name=Path(base).name,
         checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
+        is_encoder=False,
+        is_masked=False,
         linear=True,
-        masked=False,
         medusa=None,
         memory=_memory(published.kept, published.config.kept_window),
         name=name,
@@ -102,6 +104,15 @@ def _render(template: str, **values: Any) -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template(template).render(hub=HUB, version=__version__, **values)
+
+
+def _cost(recipe: Recipe, metrics: dict) -> str:
+    """What linear attention takes; nothing of a model that has none."""
+    if recipe.attention is None:
+        return ""
+    if recipe.model.head == "encoder":
+        return "time and memory are linear in length."
+    return _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
 
 
 def _memory(kept_heads: dict, kept_window: int | None) -> str:

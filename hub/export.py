@@ -1,9 +1,9 @@
 """A model as a self-contained directory: weights, configuration, and the code that it needs.
 
 A linearized model gets a type of its own, so that nothing loads it as the softmax model that it was:
-`AutoModelForCausalLM` refuses the directory unless `trust_remote_code=True`. The code is a few generated lines beside
-copies of `layers/`. A model whose attention is still its family's is an ordinary checkpoint, which brings code only
-where transformers does not know the family.
+`AutoModelForCausalLM`, or whichever of transformers' Auto classes it is for, refuses the directory unless
+`trust_remote_code=True`. The code is a few generated lines beside copies of `layers/`. A model whose attention is still
+its family's is an ordinary checkpoint, which brings code only where transformers does not know the family.
 """
 
 import json
@@ -75,8 +75,8 @@ def export_model(
     max_shard_size: str = "5GB",
     files: dict[str, str | dict | bytes] | None = None,
 ) -> None:
-    """Write `model` (adapters merged) so that `AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`
-    gives it back, without this package.
+    """Write `model` (adapters merged) so that `AutoModelForCausalLM.from_pretrained(directory,
+    trust_remote_code=True)`, or what `auto_class` says, gives it back, without this package.
 
     Args:
         tokenizer: saved beside the weights, chat template included.
@@ -105,12 +105,13 @@ def export_model(
     config["linearize_version"] = __version__
     code = {}
     if isinstance(model, LinearizedMixin):
+        auto = auto_class(base.__name__, model.is_encoder)
         config["model_type"] = f"linearized_{model_type}"
-        config["architectures"] = architectures(base.__name__)
-        config["auto_map"] = _auto_map(MODULE, f"Linearized{config_class}", f"Linearized{base.__name__}")
-        code = remote_code(base.__name__, config_class, model_type)
+        config["architectures"] = architectures(base.__name__, auto)
+        config["auto_map"] = _auto_map(MODULE, f"Linearized{config_class}", auto, f"Linearized{base.__name__}")
+        code = remote_code(base.__name__, config_class, model_type, auto)
     elif base is FlashForCausalLM:
-        config["auto_map"] = _auto_map(f"{PREFIX}{FAMILY}", config_class, base.__name__)
+        config["auto_map"] = _auto_map(f"{PREFIX}{FAMILY}", config_class, "AutoModelForCausalLM", base.__name__)
         code = {f"{PREFIX}{FAMILY}.py": _copy((FAMILY,), (), Path(linearize.layers.__file__).with_name(f"{FAMILY}.py"))}
     if draft is not None:
         heads, trees = draft
@@ -135,18 +136,27 @@ def export_model(
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def architectures(base: str) -> list[str]:
+def auto_class(base: str, is_encoder: bool) -> str:
+    """Which of transformers' Auto classes a class of theirs is loaded by."""
+    for head in ("ForSequenceClassification", "ForMaskedLM"):
+        if base.endswith(head):
+            return f"AutoModel{head}"
+    return "AutoModel" if is_encoder else "AutoModelForCausalLM"
+
+
+def architectures(base: str, auto: str) -> list[str]:
     """What `transformers serve` and others look for in transformers, and nowhere else, is the first one."""
-    return ["AutoModelForCausalLM", f"Linearized{base}"]
+    served = [auto] if auto == "AutoModelForCausalLM" else []
+    return [*served, f"Linearized{base}"]
 
 
-def _auto_map(module: str, config: str, model: str) -> dict[str, str]:
-    return {"AutoConfig": f"{module}.{config}", "AutoModelForCausalLM": f"{module}.{model}"}
+def _auto_map(module: str, config: str, auto: str, model: str) -> dict[str, str]:
+    return {"AutoConfig": f"{module}.{config}", auto: f"{module}.{model}"}
 
 
-def remote_code(base: str, config: str, model_type: str) -> dict[str, str]:
+def remote_code(base: str, config: str, model_type: str, auto: str) -> dict[str, str]:
     """File name -> text of the code that a directory carries."""
-    found = json.dumps(architectures(base))
+    found = json.dumps(architectures(base, auto))
     own = base == FlashForCausalLM.__name__
     imports = f"from {f'.{PREFIX}{FAMILY}' if own else 'transformers'} import {config}, {base}\n"
     imports += "" if own else "\n"

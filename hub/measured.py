@@ -41,18 +41,21 @@ def ratio(results: dict, name: str, length: str) -> float | None:
     teacher = reference(results)
     if teacher is None:
         return None
-    of = {model: results["models"][model]["text"].get(length) for model in (name, teacher)}
+    of = {model: results["models"][model].get("text", {}).get(length) for model in (name, teacher)}
     return None if None in of.values() else of[name]["perplexity"] / of[teacher]["perplexity"]
 
 
 def rows(results: dict) -> list[Row]:
-    """Perplexity by length of the window, with its ratio to the teacher's in brackets, and shares of what was asked."""
+    """Perplexity by length of the window, with its ratio to the teacher's in brackets, and shares of what was asked; of
+    encoders, cosines to the teacher's by length of the text."""
     teacher = reference(results)
-    compared = results["models"][teacher]["text"] if teacher else {}
+    compared = results["models"][teacher].get("text", {}) if teacher else {}
 
     def cells(figures: dict) -> dict[str, str]:
         row = {}
-        for length, text in figures["text"].items():
+        for length, cosine in figures.get("embedding", {}).items():
+            row[f"cosine @{length}"] = f"{cosine['mean']:.3f}"
+        for length, text in figures.get("text", {}).items():
             cell = f"{text['perplexity']:.2f}"
             if length in compared:
                 cell += f" ({text['perplexity'] / compared[length]['perplexity']:.2f})"
@@ -67,7 +70,7 @@ def rows(results: dict) -> list[Row]:
         for group in ("models", "ablations")
         for name, figures in results[group].items()
         # An ablation of what a model has not is not measured.
-        if figures.get("text")
+        if figures.get("text") or figures.get("embedding")
     ]
 
 

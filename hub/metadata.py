@@ -14,9 +14,13 @@ from linearize.hub.measured import converted
 from linearize.recipes.schema import FILE_SUFFIXES, DataSource, Recipe
 
 HUB = "https://huggingface.co"
-LINEAR, GENERATION = "linear-attention", "text-generation"
+LINEAR = "linear-attention"
 # What the Hub takes as `license`, as its answer to another one lists it (2026); all else is `other`, by its name.
 LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8").split())
+
+
+# The Hub's names for what models are for.
+TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "encoder": "feature-extraction"}
 
 
 def base_model(recipe: Recipe) -> str | None:
@@ -74,7 +78,7 @@ def perplexities(recipe: Recipe, results: dict) -> list[EvalResult]:
             metric_value=round(text["perplexity"], 4),
             **dataset,
         )
-        for length, text in results["models"][converted(results)]["text"].items()
+        for length, text in results["models"][converted(results)].get("text", {}).items()
         if math.isfinite(text["perplexity"])
     ]
 
@@ -90,19 +94,19 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
     own = {"license": recipe.model.license, "license_link": recipe.model.license_link}
     datasets = list(dict.fromkeys(filter(None, map(hub_dataset, recipe.data.train))))
     measured = perplexities(recipe, metrics["evaluate"]) if "evaluate" in metrics else []
+    licensed, tags = own if recipe.model.license else base_card, list(_tags(recipe))
     return ModelCardData(
         datasets=datasets or None,
         eval_results=measured or None,
         model_name=recipe.name if measured else None,
         # What is made of a model inherits its licence.
-        **_of_all(base, own if recipe.model.license else base_card, base_card, list(_tags(recipe))),
-        pipeline_tag="fill-mask" if recipe.finetune and recipe.finetune.masked else GENERATION,
+        **_of_all(base, licensed, base_card, tags, TASKS[recipe.model.head]),
     )
 
 
 def imported_metadata(base: str | None, base_card: dict) -> ModelCardData:
     """The head of the card of a model that others trained from `base`, a Hub id."""
-    return ModelCardData(**_of_all(base, base_card, base_card, [LINEAR]), pipeline_tag=GENERATION)
+    return ModelCardData(**_of_all(base, base_card, base_card, [LINEAR]))
 
 
 def _tags(recipe: Recipe) -> Iterator[str]:
@@ -112,13 +116,16 @@ def _tags(recipe: Recipe) -> Iterator[str]:
         yield "medusa"
 
 
-def _of_all(base: str | None, licensed: dict, base_card: dict, tags: list[str]) -> dict:
+def _of_all(
+    base: str | None, licensed: dict, base_card: dict, tags: list[str], task: str = "text-generation"
+) -> dict:
     return {
         "base_model": base,
         # Of adapter, merge, quantized and finetune, which the Hub knows.
         "base_model_relation": "finetune" if base else None,
         "language": base_card.get("language"),
         "library_name": "transformers",
+        "pipeline_tag": task,
         "tags": ["linearize", *tags],
         **license_fields(licensed, base),
     }

@@ -25,6 +25,10 @@ class LinearAttention(nn.Module):
     Args:
         heads, kv_heads, head_dim: of the attention module.
         kept: key heads to keep.
+        causal: whether a query sees only what is not after it, or all of its document, as in encoders.
+
+    Raises:
+        ValueError: naming the field of `config` that an attention which looks both ways cannot have.
 
     Attributes:
         heads, kv_heads: those that are linear.
@@ -34,10 +38,18 @@ class LinearAttention(nn.Module):
     """
 
     def __init__(
-        self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int, kept: tuple[int, ...] = ()
-    ):
+        self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int, kept: tuple[int, ...] = (),
+        causal: bool = True,
+    ):  # fmt: skip
         super().__init__()
-        self.config, self.kept = config, kept
+        self.config, self.kept, self.causal = config, kept, causal
+        if not causal and config.state != "additive":
+            raise ValueError(
+                f"state: {config.state} depends on which key comes first, and this attention looks both ways; use "
+                "state: additive, or preset: augmented-encoder"
+            )
+        if not causal and config.sink_distance is not None:
+            raise ValueError("sink_distance: an attention that looks both ways has no use for it; set it to null")
         self.groups = heads // kv_heads
         heads, kv_heads = heads - len(kept) * self.groups, kv_heads - len(kept)
         self.repeats = config.key_maps == "query_head" and self.groups > 1
@@ -57,19 +69,26 @@ class LinearAttention(nn.Module):
             self.features = self.phi_k.dim
             if config.state != "additive":
                 self.gates = TokenGates(config.state, kv_heads, head_dim)
+        else:
+            self.features = 0
+        if heads and config.far == "linformer":
+            # Rows start as the means of equal parts of a block.
+            each, size = config.feature_dim or max(1, config.window_size // 4), config.window_size
+            start = nn.functional.interpolate(torch.eye(each)[None], size, mode="nearest")[0]
+            start = start / start.sum(1, keepdim=True).clamp(min=1)
+            self.key_rows, self.value_rows = (nn.Parameter(start.repeat(kv_heads, 1, 1)) for _ in range(2))
+        if heads and config.has_far:
             if config.combine == "sum":
-                self.alpha = nn.Parameter(torch.zeros(heads))
+                self.alpha = nn.Parameter(torch.full((heads,), config.far_start))
             elif config.far_weight != "one":
-                self.lam = nn.Parameter(torch.zeros(heads))
+                self.lam = nn.Parameter(torch.full((heads,), config.far_start / FAR_UNIT))
                 if config.far_weight == "query":
                     self.lam_query = nn.Parameter(torch.zeros(heads, head_dim, 1))
             elif config.window is not None:
                 # sigmoid(-2.197) = 0.1, LoLCATs' published start.
                 self.gate = nn.Parameter(torch.full((heads,), -2.197))
-        else:
-            self.features = 0
         if heads and config.conv_taps:
-            self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps))
+            self.conv = nn.Parameter(torch.zeros(heads, config.conv_taps if causal else 2 * config.conv_taps - 1))
 
     def weights(self, device: torch.device) -> Weights:
         """The scalars of the layer's formula, with the branches that are switched off set to zero."""
@@ -109,6 +128,7 @@ class LinearAttention(nn.Module):
         cache: LinearCacheLayer | None = None,
         ancestors: Tensor | None = None,
         sliding_window: int | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Outputs [B, H, T, D_v].
 
@@ -122,16 +142,22 @@ class LinearAttention(nn.Module):
             ancestors: [T, T] bool, True where node j is an ancestor of node i or i itself: the tokens are nodes of a
                 draft tree behind the cached tokens, verified but not added; `cache.accept` adds a path of them.
             sliding_window: of the softmax model's own layer; kept heads see no further than they did.
+            bias: [H, 2 R - 1], added to the scores of near keys by distance: see `kernels.Problem`.
 
         Raises:
-            ValueError: for a tree without a cache.
+            ValueError: for a tree without a cache, a cache where the attention looks both ways, or a bias of kept
+                heads.
         """
         if ancestors is not None and cache is None:
             raise ValueError("a draft tree hangs on a cache: pass cache with ancestors")
+        if cache is not None and not self.causal:
+            raise ValueError("what looks both ways cannot go on from a cache: pass whole sequences, and no cache")
+        if bias is not None and self.kept:
+            raise ValueError("kept_heads: heads of a model whose scores have a bias cannot be kept softmax")
         if cache is not None and not cache.is_initialized:
             cache.lazy_initialization(v, self.kv_heads, self.features)
         if not self.kept:
-            return self._linear(q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors)
+            return self._linear(q, k, v, raw_q, raw_k, sink_q, bias, scale, segments, cache, ancestors)
         kv_heads = k.shape[1]
         linear = [head for head in range(kv_heads) if head not in self.kept]
         # The cache copies what it gets then: views will do.
@@ -150,7 +176,7 @@ class LinearAttention(nn.Module):
         rest = (scale, segments, cache, ancestors)
         # Softmax first, since the linear part moves the cache on.
         softmax_out = self._softmax(*(of(self.kept, x) for x in (q, k, v, sink_q)), *rest, sliding_window)
-        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k, sink_q)), *rest)
+        linear_out = self._linear(*(of(linear, x) for x in (q, k, v, raw_q, raw_k, sink_q)), None, *rest)
         if not linear:
             return softmax_out
         outputs = dict(zip(self.kept, softmax_out.chunk(len(self.kept), dim=1), strict=True))
@@ -173,8 +199,8 @@ class LinearAttention(nn.Module):
             else:
                 keys, values, tokens = memory.recall(k, v, cache.passage(k.shape[2], segments, ancestors).new)
             key_position, position = tokens.position, tokens.position[:, -q.shape[2] :]
-            alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2]
-            visible = None if alone else visible_keys(tokens, q.shape[2], ancestors)
+            alone = segments is None and ancestors is None and keys.shape[2] == q.shape[2] and self.causal
+            visible = None if alone else visible_keys(tokens, q.shape[2], ancestors, self.causal)
         window = self.config.kept_window
         slides, forgets = (size is not None and keys.shape[2] > size for size in (sliding_window, window))
         is_sink = None if window is None else key_position < self.config.sinks
@@ -182,9 +208,9 @@ class LinearAttention(nn.Module):
             distance = position[:, :, None] - key_position[:, None, :]
             visible = distance >= 0 if visible is None else visible
         if slides:
-            visible = visible & (distance < sliding_window)
+            visible = visible & (distance.abs() < sliding_window)
         if forgets:
-            visible = visible & ((distance < window) | is_sink[:, None, :])
+            visible = visible & ((distance.abs() < window) | is_sink[:, None, :])
         if ancestors is not None and not in_place:
             memory.draft = (k, v)
         elif memory is not None and not in_place:
@@ -198,7 +224,7 @@ class LinearAttention(nn.Module):
             keys = torch.cat([keys.masked_fill(at_sinks, 0), keys.masked_fill(~at_sinks, 0)], dim=-1)
         return softmax_attention(q, keys, values, visible, scale)
 
-    def _linear(self, q, k, v, raw_q, raw_k, sink_q, scale, segments, cache, ancestors) -> Tensor:
+    def _linear(self, q, k, v, raw_q, raw_k, sink_q, bias, scale, segments, cache, ancestors) -> Tensor:
         """`forward` for linear heads."""
         if self.repeats:
             k, v, raw_k = (x if x is None else x.repeat_interleave(self.groups, dim=1) for x in (k, v, raw_k))
@@ -251,6 +277,9 @@ class LinearAttention(nn.Module):
                 weights=self.weights(v.device),
                 scale=scale,
                 sink_q=sink_q,
+                bias=bias,
+                rows_of_blocks=(self.key_rows, self.value_rows) if hasattr(self, "key_rows") else None,
+                causal=self.causal,
             ),
             self.backend,
         )

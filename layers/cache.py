@@ -68,6 +68,9 @@ class LinearCacheLayer(CacheLayerMixin):
         length, count, segment: [B], tokens of the current document, those in the ring, the document's segment. Layers
             may have the same tensors, while fused steps write into their own.
         seen: columns of input so far, padding included; what transformers calls the sequence length.
+
+    Raises:
+        ValueError: where far keys are weighed by something that no state can stand for.
     """
 
     is_croppable = True
@@ -75,6 +78,11 @@ class LinearCacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, config: LinearAttentionConfig, shared: Shared | None = None):
+        if config.far != "features":
+            raise ValueError(
+                f"far: {config.far} weighs each key by itself, so no cache of constant size stands for them: pass "
+                "use_cache=False, or convert with another preset"
+            )
         super().__init__()
         self.config, self.shared = config, shared or Shared()
         self.reset()
@@ -288,6 +296,8 @@ class LinearCache(Cache):
     """
 
     def __init__(self, model):
+        if model.is_encoder:
+            raise ValueError(f"{type(model).__name__} looks both ways: it reads whole sequences, and has no cache")
         config = model.config.get_text_config(decoder=True)
         layers, shared = DynamicCache(config=config).layers, Shared()
         for layer_idx, attention in model.linear_attentions().items():

@@ -28,7 +28,12 @@ class LinearAttentionConfig:
             (Linearized-LLM's code for LLaMA, GPT-2 and T5); or `laplace`, the Laplace function of the scaled scores
             (its code for FLASH; arXiv 2209.10655). Nothing divides the latter two by their sum, so they go with
             `combine: sum`.
-        feature_map: phi of the far branch, or None for no far branch.
+        feature_map: phi of the far branch, or None for no such branch.
+        far: by what far keys are weighed: `features`, phi(q).phi(k), of which a state of constant size remembers the
+            sums; or, without a feature map and without a cache, `yoso`, (1 - arccos(cos(q, k)) / pi)^8 of each pair
+            (YOSO, arXiv 2111.09714, eq. 3); or `linformer`, softmax over what is learned to be made of each block of
+            `window_size` tokens, `feature_dim` rows of keys and values (Linformer, arXiv 2006.04768, eq. 7, by blocks,
+            so that nothing leaks).
         key_maps: whether keys have a feature map for each `key_head`, or for each `query_head` (LoLCATs), which then
             has a state and recent keys of its own: with G query heads per key head, G times the memory.
         feature_dim: F, the length of phi(k), i.e. the rows of the state. None takes `feature_expansion` times the
@@ -37,12 +42,15 @@ class LinearAttentionConfig:
             key; or `delta`, the gated delta rule, where a key also replaces what was stored under it.
         rope: whether phi sees q, k `before` or `after` the rotary embedding.
         combine: `shared` puts near and far under one denominator (LoLCATs); `sum` adds the far output, scaled by
-            a learned alpha per head that starts at 0, to the softmax output (Linearized-LLM).
-        norm: divides the far output where `combine` is `sum`.
+            a learned alpha per head, to the softmax output (Linearized-LLM).
+        norm: divides the far output where `combine` is `sum`: the `sum` of far weights, the `count` of far keys, its
+            own `rms` or `l2` norm, or nothing.
         far_weight: where `combine` is `shared`: `one` learns the gate g on the near branch and leaves the far
-            branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head that starts at 0; `query`
-            multiplies this by exp(w.q) with a learned w per head, on the q that phi sees.
-        conv_taps: K, causal taps of the depthwise convolution on v (one filter per query head, zero at start).
+            branch at weight 1 (LoLCATs); `learned` fixes g = 1 and learns a weight per head; `query` multiplies this
+            by exp(w.q) with a learned w per head, on the q that phi sees.
+        far_start: the weight of the far branch that is learned, at the start.
+        conv_taps: K, taps of the depthwise convolution on v (one filter per query head, zero at start): of the token
+            and K - 1 before it, and, where a layer looks both ways, K - 1 behind it.
         kept_window: where heads are kept softmax, how many tokens back they look, sinks beside them as above: their
             memory is constant too. None: all tokens.
         slack: recent tokens that the cache keeps beyond the window: the longest exact `crop` and the deepest tree.
@@ -57,14 +65,16 @@ class LinearAttentionConfig:
     sink_distance: int | None = None
     local: Literal["softmax", "relu2", "laplace"] = "softmax"
     feature_map: FeatureMapName | None = "hedgehog"
+    far: Literal["features", "yoso", "linformer"] = "features"
     key_maps: Literal["key_head", "query_head"] = "key_head"
     feature_dim: int | None = None
     feature_expansion: int = 1
     state: Literal["additive", "decay", "delta"] = "additive"
     rope: Literal["before", "after"] = "before"
     combine: Literal["shared", "sum"] = "shared"
-    norm: Literal["sum", "count", "rms", "none"] = "sum"
+    norm: Literal["sum", "count", "rms", "l2", "none"] = "sum"
     far_weight: Literal["one", "learned", "query"] = "learned"
+    far_start: float = 0.0
     conv_taps: int = 32
     kept_window: int | None = None
     slack: int = 64
@@ -84,7 +94,14 @@ class LinearAttentionConfig:
         for name in ("sinks", "conv_taps", "slack"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative; use 0 or more")
-        if self.window is None and self.feature_map is None:
+        if self.far != "features":
+            if self.feature_map is not None:
+                raise ValueError(f"feature_map: {self.far} weighs far keys without one; set feature_map: null")
+            if self.far == "linformer" and self.window != "block":
+                raise ValueError("far: linformer makes rows of whole blocks; set window: block")
+            if self.far == "yoso" and (self.combine, self.norm) not in (("sum", "l2"), ("sum", "none")):
+                raise ValueError("far: the sum of yoso's weights divides nothing; use combine: sum, norm: l2 or none")
+        elif self.window is None and self.feature_map is None:
             raise ValueError("feature_map: without a window and without a feature map nothing attends; set one of them")
         if self.sinks and self.window is None:
             raise ValueError(f"sinks: {self.sinks} sinks need a window; set window or sinks: 0")
@@ -97,6 +114,11 @@ class LinearAttentionConfig:
             raise ValueError(f"local: {self.local} has no denominator that far keys could share; use combine: sum")
         if self.window is not None and self.sinks > self.window_size:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
+
+    @property
+    def has_far(self) -> bool:
+        """Whether keys outside the window take part."""
+        return self.feature_map is not None or self.far != "features"
 
     @property
     def near_reach(self) -> int:
@@ -139,7 +161,7 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     # a mean over far keys, where the published sum over G grows with the text.
     "flash": LinearAttentionConfig(
         window="block", window_size=256, sinks=0, local="laplace", feature_map="identity", rope="after", combine="sum",
-        norm="count",
+        far_start=1.0, norm="count",
     ),
     # LoLCATs (arXiv 2410.10254): window of the own and the previous 64-token block, gate, no convolution.
     "lolcats": LinearAttentionConfig(
@@ -152,6 +174,43 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     "t2r": LinearAttentionConfig(window=None, sinks=0, feature_map="t2r", rope="after", far_weight="one", conv_taps=0),
     # Training-free sliding window + sinks (arXiv 2309.17453): what every conversion must beat.
     "swa": LinearAttentionConfig(sink_distance=1024, feature_map=None, conv_taps=0),
+    # `augmented` for encoders. Nothing comes before anything else there, so the state has no gates. The sink is [CLS].
+    "augmented-encoder": LinearAttentionConfig(sinks=1, feature_expansion=2, far_weight="query", conv_taps=16),
+}
+
+_PLAIN = LinearAttentionConfig(window=None, sinks=0, rope="after", combine="sum", far_start=1.0, conv_taps=0)
+# The linear attentions that Linearized-LLM (arXiv 2406.07368, tables 1-3 and 16) compares, as published.
+BASELINES: dict[str, LinearAttentionConfig] = {
+    # FLASH (arXiv 2202.10447): its quadratic part within groups, and its linear part.
+    "flash-local": replace(_PLAIN, window="block", local="relu2", feature_map=None),
+    "flash-global": replace(_PLAIN, feature_map="l2", norm="count"),
+    "linformer": replace(
+        _PLAIN, window="block", feature_map=None, far="linformer", combine="shared", far_weight="learned"
+    ),
+    "performer": replace(_PLAIN, feature_map="favor"),
+    "transnormer": replace(_PLAIN, feature_map="elu1", norm="rms"),
+    "yoso": replace(_PLAIN, feature_map=None, far="yoso", norm="l2"),
+    "relu": replace(_PLAIN, feature_map="relu"),
+    # Twice the features: signed ones leave a denominator that may come near 0.
+    "rfa": replace(_PLAIN, feature_map="rfa", feature_expansion=2),
+}
+
+
+def _augmented(config: LinearAttentionConfig, conv: bool, group: bool) -> LinearAttentionConfig:
+    """A baseline with the convolution, and with softmax within groups beside it, which its far branch leaves out and,
+    at the start, leaves alone."""
+    if group:
+        config = replace(config, window="block", combine="sum", far_start=0.0)
+        if not config.has_far:
+            config = replace(config, feature_map="l2", norm="none")
+    return replace(config, conv_taps=32) if conv else config
+
+
+AUGMENTATIONS = {"": (False, False), "+conv": (True, False), "+group": (False, True), "+conv+group": (True, True)}
+PRESETS |= {
+    name + suffix: _augmented(config, *parts)
+    for name, config in BASELINES.items()
+    for suffix, parts in AUGMENTATIONS.items()
 }
 
 

@@ -43,8 +43,14 @@ class Call:
     sink_rotary: tuple[Tensor, Tensor] | None = None
 
 
+def is_causal(module: nn.Module) -> bool:
+    """Whether an attention module sees only what is not after a token; encoders' do not."""
+    return getattr(module, "is_causal", True)
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """layer_idx -> self-attention module that goes through transformers' attention interface.
+    """layer_idx, or, in encoders, which have no cache to find by it, a running number -> self-attention module that
+    goes through transformers' attention interface.
 
     Raises:
         UnsupportedModelError: naming the first class whose attention does not, or cannot be replaced.
@@ -57,13 +63,16 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if not _calls_interface(module) and any(map(_is_named_attention, list(module.modules())[1:])):
             continue
         reason = _obstacle(module)
-        if reason is None and module.layer_idx in found:
-            reason = f"shares layer index {module.layer_idx} with another attention module"
+        if reason is None and found and is_causal(module) != is_causal(next(iter(found.values()))):
+            reason = f"is {'' if is_causal(module) else 'not '}causal, unlike others of its modules"
+        index = module.layer_idx if reason is None and is_causal(module) else len(found)
+        if reason is None and index in found:
+            reason = f"shares layer index {index} with another attention module"
         if reason is not None:
             raise UnsupportedModelError(
                 f"{type(model).__name__} cannot be linearized: {type(module).__name__} at {name} {reason}"
             )
-        found[module.layer_idx] = module
+        found[index] = module
     if not found:
         blocks = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
         raise UnsupportedModelError(
@@ -89,10 +98,8 @@ def _obstacle(module: nn.Module) -> str | None:
     """Why an attention module cannot be replaced, or None."""
     if not _calls_interface(module):
         return "does not go through transformers' attention interface"
-    if not isinstance(getattr(module, "layer_idx", None), int):
+    if is_causal(module) and not isinstance(getattr(module, "layer_idx", None), int):
         return "has no layer index"
-    if not getattr(module, "is_causal", True):
-        return "is not causal"
     if getattr(module, "is_cross_attention", False):
         return "attends to another sequence"
     if hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
@@ -124,7 +131,7 @@ def head_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
 
 
 class LinearizedMixin:
-    """A transformers causal language model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
+    """A transformers model whose attention is linear: `class X(LinearizedMixin, LlamaForCausalLM)`.
 
     `config.linear_attention` holds the layer's configuration (`LinearAttentionConfig.to_dict()`), and
     `config.kept_heads` the key heads that stay softmax: layer index, as text, -> heads.
@@ -132,6 +139,8 @@ class LinearizedMixin:
 
     # Masters stay fp32 when the model is loaded in half precision.
     _keep_in_fp32_modules_strict = {"linear_attention"}
+    # Whether its layers look both ways, so that there is no cache to go on from.
+    is_encoder = False
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -154,10 +163,13 @@ class LinearizedMixin:
             layer.requires_grad_(mode)
 
     def linear_attentions(self) -> dict[int, LinearAttention]:
-        """layer_idx -> layer."""
+        """layer_idx, in encoders a running number -> layer."""
         # What `attention_modules` found at installation, without its look at each module's code.
         modules = [module for module in parts(self) if "linear_attention" in module._modules]
-        return {module.layer_idx: module.linear_attention for module in modules}
+        return {
+            module.layer_idx if module.linear_attention.causal else number: module.linear_attention
+            for number, module in enumerate(modules)
+        }
 
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
     speculate = staticmethod(speculate)
@@ -241,7 +253,10 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
             f"sink_distance: {type(model).__name__} has no module for its rotary embedding; use sink_distance: null"
         )
     # All are built before anything is changed: a config that does not fit leaves the model as it was.
-    layers = {index: LinearAttention(config, *shape, tuple(kept.get(index, ()))) for index, shape in shapes.items()}
+    layers = {
+        index: LinearAttention(config, *shape, tuple(kept.get(index, ())), is_causal(modules[index]))
+        for index, shape in shapes.items()
+    }
     for index, module in modules.items():
         device = works_on(module)
         if not hasattr(module, "linear_attention"):
@@ -250,6 +265,7 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
             module.register_forward_hook(_stop_watching, always_call=True)
             skip_nothing(module)
         module.linear_attention = layers[index].to(device)
+    model.is_encoder = not all(layer.causal for layer in layers.values())
     if not hasattr(model, "_linearize_hook"):
         model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
     for module in rotary:
@@ -269,11 +285,13 @@ def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs
 @torch.compiler.disable
 def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Stock forwards would make a softmax cache; a linearized model makes its own."""
-    if model.config._attn_implementation != IMPLEMENTATION:
+    if model.config._attn_implementation != IMPLEMENTATION or model.is_encoder:
         return args, kwargs
     cache = kwargs.get("past_key_values")
     if cache is None:
         use_cache = kwargs.get("use_cache")
+        if use_cache is None and model.config.linear_attention.get("far", "features") != "features":
+            use_cache = False
         if use_cache is None:
             use_cache = getattr(model.config, "use_cache", True) and not model.training
         # Nobody continues a row of packed documents, and with a cache transformers does not look for them.

@@ -91,8 +91,9 @@ def locate(segments: Tensor, past_segment: Tensor, past_length: Tensor) -> Token
     return Tokens(torch.where(valid, starts.cumsum(dim=1), PADDING), position)
 
 
-def visible_keys(tokens: Tokens, queries: int, ancestors: Tensor | None) -> Tensor:
-    """[B, Q, K] whether each of the last `queries` tokens may look at key k: of its document, and not after it.
+def visible_keys(tokens: Tokens, queries: int, ancestors: Tensor | None, causal: bool = True) -> Tensor:
+    """[B, Q, K] whether each of the last `queries` tokens may look at key k: of its document, and, if `causal`, not
+    after it.
 
     Padding looks at padding, so no query is without a key.
 
@@ -101,21 +102,22 @@ def visible_keys(tokens: Tokens, queries: int, ancestors: Tensor | None) -> Tens
     """
     order = ancestors
     if order is None:
-        order = torch.ones(queries, queries, dtype=torch.bool, device=tokens.document.device).tril()
+        order = torch.ones(queries, queries, dtype=torch.bool, device=tokens.document.device)
+        order = order.tril() if causal else order
     order = torch.cat([order.new_ones(queries, tokens.document.shape[1] - queries), order], dim=1)
     return order & (tokens.document[:, -queries:, None] == tokens.document[:, None, :])
 
 
 def near(config: LinearAttentionConfig, q_position: Tensor, k_position: Tensor) -> Tensor:
-    """[.., Q, K] whether key k is near query q, both of one document and k not after q."""
+    """[.., Q, K] whether key k is near query q, both of one document; before it or behind it alike."""
     i, j = q_position.unsqueeze(-1), k_position.unsqueeze(-2)
     size = config.window_size
     if config.window is None:
         return torch.zeros(torch.broadcast_shapes(i.shape, j.shape), dtype=torch.bool, device=i.device)
     if config.window == "sliding":
-        inside = i - j < size
+        inside = (i - j).abs() < size
     elif config.window == "block":
         inside = i // size == j // size
     else:
-        inside = j // size >= i // size - 1
+        inside = (i // size - j // size).abs() <= 1
     return inside | (j < config.sinks)

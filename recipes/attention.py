@@ -1,20 +1,31 @@
 """What a recipe may say about attention: the layer that replaces softmax, and the heads that stay softmax."""
 
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from typing import Annotated, Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from linearize.layers.config import PRESETS, LinearAttentionConfig
+from linearize.layers.config import AUGMENTATIONS, BASELINES, PRESETS, LinearAttentionConfig
 from linearize.recipes.fields import Positive, Section, TextKeys
 
 _attention_fields = {field.name: (field.type, field.default) for field in fields(LinearAttentionConfig)}
 
 
+def _known(name: str) -> str:
+    if name in PRESETS:
+        return name
+    close = get_close_matches(name, PRESETS, n=1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    own = ", ".join(preset for preset in PRESETS if preset.partition("+")[0] not in BASELINES)
+    endings = ", ".join(filter(None, AUGMENTATIONS))
+    raise ValueError(f"no preset {name!r}{hint}; there are {own}, and, also with {endings}, {', '.join(BASELINES)}")
+
+
 class AttentionSection(create_model("_AttentionFields", __base__=Section, **_attention_fields)):
     """A preset and what differs from it: `preset` plus any field of `LinearAttentionConfig`."""
 
-    preset: Literal[*PRESETS] = "augmented"
+    preset: Annotated[str, AfterValidator(_known)] = "augmented"
 
     @model_validator(mode="before")
     @classmethod

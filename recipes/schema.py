@@ -18,6 +18,7 @@ FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
 Dtype = Literal["float32", "bfloat16"]
+Head = Literal["causal-lm", "masked-lm", "encoder"]
 # The configurations that come with the package.
 DEEPSPEED = Path(__file__).parent / "deepspeed"
 
@@ -29,7 +30,7 @@ def deepspeed_file(name: str) -> Path:
 
 
 def package_file(source: str) -> Path:
-    """Path of the file that `package:<import_name>/<file>` names; the package itself is not imported.
+    """Path of the file or directory that `package:<import_name>/<file>` names; the package itself is not imported.
 
     Raises:
         ValueError: the package is not installed, or does not hold the file.
@@ -41,7 +42,7 @@ def package_file(source: str) -> Path:
     if spec is None:
         raise ValueError(f"package {package} is not installed; try pip install {package}")
     for folder in spec.submodule_search_locations or []:
-        if (Path(folder) / file).is_file():
+        if (Path(folder) / file).exists():
             return Path(folder) / file
     raise ValueError(f"package {package} is installed but holds no file {file}")
 
@@ -82,11 +83,14 @@ class ModelSection(Section):
     """Where the model comes from; `source` or `config`, one of them.
 
     Attributes:
-        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<file>`.
+        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<either of these>`.
         config: of a model without weights, to train from scratch: `model_type` and what differs from transformers'
             defaults for it, or the path of a `config.json`. What it leaves out of vocabulary and special tokens is the
             tokenizer's. The weights are drawn by the recipe's seed.
         revision: branch, tag or commit on the Hub.
+        head: what the model ends in: `causal-lm`, the next token's logits; `masked-lm`, those of masked tokens, of a
+            model that stays softmax (`attention: null`); or `encoder`, the hidden states of all tokens. In the latter
+            two, each token has seen the whole text.
         dtype: of the weights in memory.
         tokenizer: a model source to take the tokenizer from; None takes the model's own.
         license: for the model card, e.g. `apache-2.0`, or the name of one that the Hub does not know; None takes it
@@ -98,6 +102,7 @@ class ModelSection(Section):
     source: ModelSource | None = None
     config: Annotated[Any, AfterValidator(_read_config)] = None
     revision: Text | None = None
+    head: Head = "causal-lm"
     dtype: Dtype = "float32"
     tokenizer: ModelSource | None = None
     license: Text | None = None
@@ -113,6 +118,8 @@ class ModelSection(Section):
         for name in ("source", "revision", "base_model"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: config makes a model without weights; drop one of them")
+        if self.head == "encoder":
+            raise ValueError("head: an encoder learns from its softmax self, and new weights know nothing; use masked-lm")
         if self.tokenizer is None:
             raise ValueError("tokenizer: required, as a model without weights brings none")
         return self
@@ -148,6 +155,14 @@ class DataSource(Section):
         return source
 
 
+# What training does to texts so that models recall them.
+TEXT_ALONE = [
+    ("recall", 0.0, "repeats parts of a text to have them predicted"),
+    ("facts", 0.0, "plants facts in a text to have them predicted"),
+    ("position_offset", 0, "an encoder's positions begin at 0"),
+]
+# Of text that is measured; longer ones are read in pieces, with a cache between them.
+LONGEST_AT_ONCE = 2048
 # One source may be written without the list.
 Listed = BeforeValidator(lambda value: value if isinstance(value, list) else [value])
 DataSources = Annotated[list[DataSource], Listed, Field(min_length=1)]
@@ -188,11 +203,9 @@ class FinetuneSection(ShardedTraining):
         alpha: scale of the adapters, as in LoRA.
         targets: names of the linear modules that get an adapter.
         train_attention: also train what the linear attention layers added.
-        masked: predict 15% of the tokens, of which 80% are masked and 10% others (BERT's rule), from those on both
-            sides, in place of next tokens. A sequence is read as one, whatever documents are in it (RoBERTa's
-            FULL-SENTENCES).
-        next_token: weight of the cross-entropy of next (or masked) tokens.
-        distill: weight of the KL divergence from the same model in softmax mode.
+        next_token: weight of the cross-entropy of next tokens, or of masked ones; an encoder has none.
+        distill: weight of the KL divergence from the same model in softmax mode; of an encoder, of the squared error of
+            its hidden states relative to those in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
         gradient_checkpointing: recompute activations in the backward pass.
         chunk: tokens of each sequence that go through the model at once, with a cache from one chunk to the next, so
@@ -209,7 +222,6 @@ class FinetuneSection(ShardedTraining):
     alpha: Annotated[float, Field(gt=0)] = 16
     targets: Annotated[list[Text], Field(min_length=1)] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     train_attention: bool = True
-    masked: bool = False
     next_token: Weight = 1.0
     distill: Weight = 0.0
     attention_lr: LearningRate | None = None
@@ -233,13 +245,6 @@ class FinetuneSection(ShardedTraining):
         if lr is not None and info.data.get("train_attention") is False:
             raise ValueError("train_attention is false, so no attention layer has a learning rate")
         return lr
-
-    @model_validator(mode="after")
-    def _sees_both_sides(self) -> "FinetuneSection":
-        for name in ("distill", "chunk", "facts", "recall"):
-            if self.masked and getattr(self, name):
-                raise ValueError(f"{name}: is about next tokens, which masked does without; drop one of them")
-        return self
 
     @model_validator(mode="after")
     def _chunks_fit(self) -> "FinetuneSection":
@@ -374,6 +379,16 @@ class Recipe(Section):
     export: ExportSection | None = None
     push: PushSection | None = None
 
+    @field_validator("attention")
+    @classmethod
+    def _stays_softmax(cls, attention: AttentionSection | None, info: ValidationInfo) -> AttentionSection | None:
+        model = info.data.get("model")
+        if attention is not None and model is not None and model.head == "masked-lm":
+            raise ValueError("model.head: masked-lm is of softmax models; set attention: null, or head: encoder")
+        if attention is None and model is not None and model.head == "encoder":
+            raise ValueError("null leaves an encoder nothing to learn; use another attention, or model.head: masked-lm")
+        return attention
+
     @field_validator("keep")
     @classmethod
     def _kept_window_is_of_kept_heads(cls, keep: KeepSection | None, info: ValidationInfo) -> KeepSection | None:
@@ -409,8 +424,6 @@ class Recipe(Section):
             raise ValueError("method: adapters of random weights learn little; use method: full")
         if attention is None and finetune.chunk is not None:
             raise ValueError("chunk: softmax attention has no cache of constant size to carry on; use chunk: null")
-        if attention is not None and finetune.masked:
-            raise ValueError("masked: linear attention sees no tokens that are to come; use attention: null")
         return finetune
 
     @field_validator("transfer", "finetune", "medusa")
@@ -421,6 +434,70 @@ class Recipe(Section):
             raise ValueError(
                 f"position_offset: {section.position_offset} moves the sinks, whose place sink_distance relies on; "
                 "set attention.sink_distance: null"
+            )
+        return section
+
+    @field_validator("finetune", "evaluate")
+    @classmethod
+    def _is_for_masked_tokens(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        model = info.data.get("model")
+        if section is None or model is None or model.head != "masked-lm":
+            return section
+        if info.field_name == "evaluate":
+            raise ValueError("its measures are of next tokens, and the model predicts masked ones; leave it out")
+        for name in ("recall", "facts", "position_offset", "distill"):
+            if getattr(section, name):
+                raise ValueError(f"{name}: is for models that predict next tokens; leave it out")
+        return section
+
+    @field_validator("keep", "transfer", "finetune", "medusa", "evaluate")
+    @classmethod
+    def _is_for_encoders(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        model = info.data.get("model")
+        if section is None or model is None or model.head != "encoder":
+            return section
+        refused = {
+            "keep": [("kv_budget", None, "measures what is copied from far back, which an encoder does not do")],
+            "transfer": [("blocks_at_once", None, "goes through a decoder's blocks"), *TEXT_ALONE],
+            "finetune": [
+                ("next_token", 0, "an encoder sees the next token; learn from its softmax self, with distill"),
+                ("chunk", None, "an encoder has no cache to carry from chunk to chunk"),
+                *TEXT_ALONE,
+            ],
+            "medusa": [("heads", None, "guess next tokens, which an encoder does not make; set medusa: null")],
+            "evaluate": [
+                ("passkey", [], "asks for next tokens, which an encoder does not make"),
+                ("recall", [], "asks for next tokens, which an encoder does not make"),
+                ("speed", [], "times how texts are written, which an encoder does not do"),
+                ("tuned_teacher", False, "an encoder is finetuned towards its teacher itself"),
+            ],
+        }[info.field_name]
+        for name, value, why in refused:
+            if getattr(section, name) != value:
+                shown = "null" if value is None else str(value).lower()
+                advice = "" if info.field_name == "medusa" else f"; set it to {shown}"
+                raise ValueError(f"{name}: {why}{advice}")
+        return section
+
+    @field_validator("finetune", "medusa", "evaluate")
+    @classmethod
+    def _goes_on_from_a_cache(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        attention = info.data.get("attention")
+        if section is None or attention is None or attention.far == "features":
+            return section
+        uses = {
+            "finetune": ["chunk"] if getattr(section, "chunk", None) else [],
+            "medusa": ["heads"],
+            "evaluate": [
+                name
+                for name in ("lengths", "passkey", "speed")
+                if (values := getattr(section, name, [])) and (name == "speed" or max(values) > LONGEST_AT_ONCE)
+            ],
+        }[info.field_name]
+        if uses:
+            raise ValueError(
+                f"{uses[0]}: needs a cache to go on from, which attention.far: {attention.far} does not have; leave it "
+                f"out{f', or up to {LONGEST_AT_ONCE} tokens' if info.field_name == 'evaluate' else ''}"
             )
         return section
 
@@ -462,12 +539,10 @@ class Recipe(Section):
     @field_validator("evaluate")
     @classmethod
     def _tunable_teacher(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
-        finetune = info.data.get("finetune")
-        if evaluate is not None and finetune is not None and finetune.masked:
-            raise ValueError("its measures are of next tokens, and the model predicts masked ones; leave it out")
         if evaluate is not None and evaluate.tuned_teacher and info.data.get("attention", evaluate) is None:
             raise ValueError("tuned_teacher: with attention: null the model is that itself; leave it out")
         if evaluate is not None and evaluate.tuned_teacher and "finetune" in info.data:
+            finetune = info.data["finetune"]
             if finetune is None:
                 raise ValueError("tuned_teacher: needs the section finetune, which says how to tune it")
             if not finetune.next_token:

@@ -65,7 +65,8 @@ class Ranks:
         self.directory, self.runs = directory, []
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            # Whether there is a GPU is asked of its driver's tool: CUDA does not outlive a fork.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
         )  # fmt: skip
 
     def start(self, count: int, *arguments, limits: dict[int, int] | None = None) -> Run:

@@ -21,6 +21,10 @@ def state(run: Path, stage: str) -> dict:
     return json.loads((run / stage / "state.json").read_text())
 
 
+# A tiny model on two processes is tested with gloo here, and with NCCL where there are two GPUs.
+TWO_PROCESSES = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes want two GPUs, or none")
+ON_GPUS = torch.cuda.is_available()
+
 # What training leaves in `state.json`; how the last step went in each layer is not known where there was none left.
 FIGURES = ("loss", "loss_of_layer", "error_of_head")
 
@@ -32,9 +36,12 @@ def converted(linearize, *arguments) -> str:
 
 
 def assert_same_training(one: Path, other: Path, stage: str) -> None:
-    """Sums in other orders differ in single precision, and Adam's first steps are signs of gradients."""
+    """Sums in other orders differ in single precision, and Adam's first steps are signs of gradients. On GPUs, where
+    factors are rounded to the 11 bits of tf32, signs of small ones are anything, and losses alone are compared."""
     metrics = [state(run, stage)["metrics"] for run in (one, other)]
-    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-4), (other, stage)
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], rel=1e-3 if ON_GPUS else 1e-4), (other, stage)
+    if ON_GPUS:
+        return
     for name in FIGURES[1:] if stage == "transfer" else ():
         assert metrics[0][name].keys() == metrics[1][name].keys() != set()
         for layer, values in metrics[0][name].items():
@@ -72,3 +79,15 @@ def results(run: Path) -> dict:
         tensors = {name: tensor.tolist() for name, tensor in load_file(file).items()}
         found[str(file.relative_to(run))] = tensors
     return found
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    """To the bit; on GPUs, whose sums are in no fixed order, as `assert_same_training` has it."""
+    if not ON_GPUS:
+        assert results(one) == results(other)
+        return
+    found = [results(run) for run in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    for stage, metrics in found[0].items():
+        if "loss" in metrics:
+            assert_same_training(one, other, stage)

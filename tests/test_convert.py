@@ -316,7 +316,9 @@ def test_attention_has_its_own_learning_rate_in_finetuning(linearize, recipe, tm
     assert any(weight.abs().max() > 1e-3 for name, weight in saved.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("preset", ["augmented-icml", "augmented-relu2", "lolcats", "hedgehog", "t2r", "swa"])
+@pytest.mark.parametrize(
+    "preset", ["augmented-icml", "augmented-relu2", "lolcats", "hedgehog", "t2r", "swa", "performer+conv+group"]
+)
 def test_every_preset_converts(linearize, recipe, tmp_path, preset):
     sections = {"attention": {"preset": preset}, "medusa": None}
     if preset == "swa":

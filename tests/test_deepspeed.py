@@ -3,15 +3,13 @@
 from pathlib import Path
 
 import pytest
-import torch
 from torch import distributed
 
 from linearize.convert import processes
 
-from .runs import assert_same_training, converted, small_parts, state
+from .runs import TWO_PROCESSES, assert_same_training, converted, small_parts, state
 
-# Two processes for one core each.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
+pytestmark = TWO_PROCESSES
 TRAINING = {"steps": 3, "batch_size": 4, "micro_batch_size": 1, "length": 96, "lr": 1e-2}
 CHUNKS = "finetune.chunk=32"
 TRUNCATED = f"{CHUNKS} finetune.backward=truncated"
@@ -30,7 +28,7 @@ def run_all(linearize, ranks, recipe, tmp_path):
         path = recipe(transfer=None, evaluate=None, export=None, **sections)
         runs = {name: tmp_path / name for name in (*alone, *together)}
         for name, overrides in alone.items():
-            converted(linearize, path, "--out", runs[name], *overrides.split())
+            converted(linearize, path, "--launch", "none", "--out", runs[name], *overrides.split())
         for name, overrides in together.items():
             ranks.finish(2, "convert", path, "--out", runs[name], *overrides.split())
         return runs

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from linearize.convert import checkpoints, finetune
 from linearize.recipes.loader import load_recipe
 
-from .runs import converted, results, small_parts, state, until
+from .runs import TWO_PROCESSES, assert_same_results, converted, small_parts, state, until
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes for one core each")
+pytestmark = TWO_PROCESSES
 # Engine -> (processes, DeepSpeed configuration).
 ENGINES = {"one process": (1, None), "two processes": (2, None), "zero2": (2, "zero2"), "zero3": (2, "zero3")}
 STEPS = 6
@@ -126,7 +126,7 @@ def test_a_full_disk_and_a_damaged_checkpoint_lose_nothing(ranks, engine, tmp_pa
     (checkpoint / "trainer_state.json").write_text("{}")
     printed = ranks.finish(engine.count, *engine.arguments, run, "--resume")
     assert f"{checkpoint}: trainer_state.json is damaged; going on from {before.name}\n" in printed
-    assert results(run) == results(engine.whole)
+    assert_same_results(run, engine.whole)
 
 
 def test_another_number_of_processes_goes_on_or_is_refused(ranks, engine, tmp_path):
@@ -184,5 +184,5 @@ def test_updates_are_lost_in_pure_bfloat16(linearize, transferred, tmp_path, mon
     shutil.copytree(before, run)
     prepare = finetune.prepare_finetune
     monkeypatch.setattr(finetune, "prepare_finetune", lambda *arguments: prepare(*arguments).bfloat16())
-    converted(linearize, path, "--out", run)
+    converted(linearize, path, "--launch", "none", "--out", run)
     assert not updates_are_kept(run, "finetune", "transfer", RATES.finetune.lr)

@@ -277,7 +277,6 @@ REFUSED = {
         },
         "DeepseekV3Attention",
     ),
-    "bert": ({}, "BertSelfAttention"),
     "gemma2": ({"attn_logit_softcapping": 50.0}, "Gemma2Attention"),
     "gpt_oss": ({}, "GptOssAttention"),
 }

@@ -309,7 +309,7 @@ def test_far_mass_of_the_delta_rule_is_never_negative(model):
 
 def test_only_layers_with_one_denominator_divide_mass():
     divided = {name for name, config in PRESETS.items() if divides_mass(config)}
-    assert divided == {"augmented", "lolcats"}
+    assert divided == {"augmented", "augmented-encoder", "lolcats"}
 
 
 def test_perplexity_of_nothing():

@@ -18,10 +18,9 @@ from linearize.convert import processes
 from linearize.convert.launch import command
 
 from .ranks import is_running
-from .runs import assert_same_training, converted, state
+from .runs import ON_GPUS, TWO_PROCESSES, assert_same_training, converted, state
 
-# Two processes for one core each.
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs are counted by launchers")
+pytestmark = TWO_PROCESSES
 TRAINING = {"batch_size": 4, "length": 64, "save_every": 2, "lr": 1e-2}
 SECTIONS = {
     "transfer": {"steps": 6, **TRAINING},
@@ -65,19 +64,22 @@ def single(linearize, tiny_model, tmp_path_factory):
     attention = {"preset": "augmented", "window_size": 16, "sinks": 2, "conv_taps": 4, "slack": 8}
     content = {"name": "tiny", "output": str(directory / "run"), "model": {"source": str(tiny_model), "license": "mit"}}
     path.write_text(yaml.safe_dump(content | {"attention": attention, "data": data} | SECTIONS))
-    converted(linearize, path)
+    converted(linearize, path, "--launch", "none")
     return path, directory / "run"
 
 
-def test_two_processes_do_what_one_does(single, tmp_path):
+# On CPUs both launchers start processes alike.
+@pytest.mark.parametrize("launcher", ["auto", "deepspeed"] if ON_GPUS else ["auto"])
+def test_two_processes_do_what_one_does(single, tmp_path, launcher):
     path, one = single
-    out = finish(start("convert", path, "--gpus", 2, "--out", tmp_path / "run"))
+    out = finish(start("convert", path, "--launch", launcher, "--gpus", 2, "--out", tmp_path / "run"))
     assert len(re.findall("done in", out)) == 7, "one process speaks, of each stage"
     assert_same_run(one, tmp_path / "run", "medusa")
     found, expected = (state(run, "evaluate")["metrics"]["models"] for run in (tmp_path / "run", one))
     for name, figures in expected.items():
         perplexity = figures["text"]["128"]["perplexity"]
-        assert found[name]["text"]["128"]["perplexity"] == pytest.approx(perplexity, rel=1e-4), name
+        close = pytest.approx(perplexity, rel=1e-2 if ON_GPUS else 1e-4)
+        assert found[name]["text"]["128"]["perplexity"] == close, name
 
 
 def test_two_processes_learn_chunk_by_chunk_and_block_by_block(ranks, single, tmp_path):
@@ -183,7 +185,9 @@ def test_no_process_goes_on_without_who_launched_it(ranks, single, tmp_path):
     [
         (["--launch", "mpi"], "--launch mpi: expected auto, none, accelerate, deepspeed"),
         (["--launch", "none", "--gpus", 2], "--launch none: runs as one process, not as --gpus 2"),
-        (["--gpus", 3], "transfer.batch_size: 3 processes cannot share the 4 sequences of a step; use"),
+        (["--gpus", 3], "transfer.batch_size: 3 processes cannot share the 4 sequences of a step; use")
+        if not ON_GPUS
+        else (["--gpus", 99], "--gpus 99: this machine has "),
     ],
 )
 def test_what_cannot_be_launched(linearize, single, tmp_path, arguments, sentence):

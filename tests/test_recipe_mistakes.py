@@ -29,13 +29,26 @@ def problems(recipe: str, *overrides: str) -> list[str]:
         ("attention:\n  window: null\n", "7: attention.sinks: 4 sinks need a window; set window or sinks: 0"),
         (
             "attention: {preset: augmentd}\n",
-            "7: attention.preset: expected 'augmented', 'augmented-icml', 'augmented-relu2', 'lolcats', 'hedgehog', "
-            "'t2r' or 'swa', got 'augmentd'",
+            "7: attention.preset: no preset 'augmentd', did you mean augmented?; there are augmented, augmented-icml, "
+            "augmented-relu2, lolcats, hedgehog, t2r, swa, augmented-encoder, and, also with +conv, +group, "
+            "+conv+group, flash-local, flash-global, linformer, performer, transnormer, yoso, relu, rfa",
+        ),
+        (
+            "attention: {preset: yoso}\nmedusa: {steps: 1, lr: 1.0}\n",
+            "8: medusa.heads: needs a cache to go on from, which attention.far: yoso does not have; leave it out",
+        ),
+        (
+            "attention: {preset: linformer}\nevaluate: {lengths: [4096], tokens: 8192}\n",
+            "8: evaluate.lengths: needs a cache to go on from, which attention.far: linformer does not have; leave it "
+            "out, or up to 2048 tokens",
+        ),
+        (
+            "attention: {preset: performer, far: yoso}\n",
+            "7: attention.feature_map: yoso weighs far keys without one; set feature_map: null",
         ),
         (
             "attention: {preset: [swa]}\n",
-            "7: attention.preset: expected 'augmented', 'augmented-icml', 'augmented-relu2', 'lolcats', 'hedgehog', "
-            "'t2r' or 'swa', got a list",
+            "7: attention.preset: expected some text, got a list",
         ),
         ("attention: 3\n", "7: attention: expected a section with fields, got 3"),
         ("transfr: {steps: 1}\n", "7: transfr: unknown field, did you mean transfer?"),

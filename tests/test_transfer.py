@@ -103,7 +103,11 @@ def test_mini_batches_add_up():
     assert all(error.isfinite() for error in errors)
 
 
-@pytest.mark.parametrize("preset", ["augmented", "augmented-icml", "augmented-relu2", "lolcats", "hedgehog", "t2r"])
+@pytest.mark.parametrize(
+    "preset",
+    ["augmented", "augmented-icml", "augmented-relu2", "lolcats", "hedgehog", "t2r", "linformer", "yoso+group",
+     "rfa+conv+group"],
+)  # fmt: skip
 def test_training_lowers_the_error_of_every_layer(preset):
     model = transfer_model(config=PRESETS[preset])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

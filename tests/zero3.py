@@ -14,10 +14,8 @@ from linearize.convert.blocks import decoder_blocks
 from linearize.convert.sources import Source, load_model
 
 PartialState(cpu=True)
-# Nothing is put together before it computes, and nothing is too small to be taken apart again.
-deepspeed_zero.DeepSpeedZeRoOffload = partial(
-    deepspeed_zero.DeepSpeedZeRoOffload, prefetch_bucket_size=0, param_persistence_threshold=0
-)
+# Nothing is too small to be taken apart again.
+deepspeed_zero.DeepSpeedZeRoOffload = partial(deepspeed_zero.DeepSpeedZeRoOffload, param_persistence_threshold=0)
 directory, *families = sys.argv[1:]
 for family in families:
     whole = student(tiny_model(family))

@@ -17,7 +17,7 @@ from ..config import LinearAttentionConfig
 from ..tokens import Tokens, visible_keys
 from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
-from .reference import Weights, attend, contract, conv_band
+from .reference import Blocks, Weights, attend, contract, conv_band
 
 # Modules of `fused`, where Triton is there; an exported model's copy gets the package's, as it gets backends.
 triton_kernels = SimpleNamespace(step=None, gated=None, features=None, rotate=None, layers=())
@@ -97,6 +97,9 @@ class Problem:
         ancestors: [T, T] bool for a draft tree: node i sees remembered tokens and node j where true. None: causal.
         config, weights, scale: the layer.
         sink_q: [B, H, T, D], the queries as sinks see them, or None where that is q.
+        bias: [H, 2 R - 1], added to near scores, see `reference.at_distance`; or None.
+        rows_of_blocks: [H_kv, R, G] twice, what `linformer` makes of the keys and of the values of each block; or None.
+        causal: whether a query sees only what is not after it. Otherwise there is neither past, state nor tree.
     """
 
     q: Tensor
@@ -111,6 +114,9 @@ class Problem:
     weights: Weights
     scale: float
     sink_q: Tensor | None = None
+    bias: Tensor | None = None
+    rows_of_blocks: tuple[Tensor, Tensor] | None = None
+    causal: bool = True
 
     @property
     def past(self) -> int:
@@ -141,7 +147,9 @@ def reference(problem: Problem) -> Tensor:
     """[B, H, T, D_v] by the quadratic oracle."""
     past, keys = problem.past, problem.keys
     total = keys.document.shape[1]
-    order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device).tril()
+    order = torch.ones(total, total, dtype=torch.bool, device=keys.document.device)
+    if problem.causal:
+        order = order.tril()
     if problem.ancestors is not None:
         order[past:, past:] = problem.ancestors
     seen = visible_keys(keys, total, order) & keys.valid[:, None, :]
@@ -177,12 +185,40 @@ def reference(problem: Problem) -> Tensor:
         problem.scale,
         recalls=document == 0,
         sink_q=problem.sink_q,
+        bias=problem.bias,
+        blocks=None if problem.rows_of_blocks is None else _blocks(problem, seen[:, past:]),
+        counts=None if problem.causal else visible.sum(-1),
     )
     if problem.weights.conv is None:
         return out
     distance = keys.position[:, past:, None] - keys.position[:, None, :]
-    band = conv_band(problem.weights.conv.to(out.dtype), distance) * visible[:, None]
+    first = 0 if problem.causal else 1 - problem.config.conv_taps
+    band = conv_band(problem.weights.conv.to(out.dtype), distance, first) * visible[:, None]
     return out + contract(band, problem.v.to(out.dtype))
+
+
+def _blocks(problem: Problem, visible: Tensor) -> Blocks:
+    """The rows of all blocks of `problem`; visible [B, Q, K]. A document's last block may lack tokens, which add
+    nothing."""
+    tokens, size = problem.keys, problem.config.window_size
+    within = tokens.position % size
+    # Blocks are numbered through each row by where they begin; padding gets none.
+    number = ((within == 0) & tokens.valid).long().cumsum(-1) - 1
+    count = int(number.max()) + 1
+    member = (number[..., None] == torch.arange(count, device=number.device)) & tokens.valid[..., None]  # (B, T, n)
+
+    def rows(x: Tensor, projection: Tensor) -> Tensor:  # (B, H_kv, T, D), (H_kv, R, G) -> (B, H_kv, n R, D)
+        at_token = projection.to(x.dtype)[:, :, within].movedim(2, 0)  # (B, H_kv, R, T)
+        spread = torch.einsum("bhrt,btn->bhnrt", at_token, member.to(x.dtype))
+        return (spread.flatten(2, 3) @ x).to(x.dtype)
+
+    k, v = (rows(x, projection) for x, projection in zip((problem.k, problem.v), problem.rows_of_blocks, strict=True))
+    # A block is seen if its first token is, and is another one than the query's own.
+    begins = member & (within == 0)[..., None]
+    seen = torch.einsum("bqk,bkn->bqn", visible.to(v.dtype), begins.to(v.dtype)) > 0
+    own = number[:, -visible.shape[1] :, None] == torch.arange(count, device=number.device)
+    each = problem.rows_of_blocks[0].shape[1]
+    return Blocks(k, v, (seen & ~own).repeat_interleave(each, dim=-1))
 
 
 def chunked(problem: Problem) -> Tensor:
@@ -200,12 +236,14 @@ def chunked(problem: Problem) -> Tensor:
         None if problem.phi_q is None else after_past(problem.phi_q),
         problem.phi_k,
         problem.gates,
-        Layout.of(problem.keys, chunk_size(problem.config), problem.config.sinks),
+        Layout.of(problem.keys, chunk_size(problem.config), problem.config.sinks, problem.causal),
         problem.state,
         problem.config,
         problem.weights,
         problem.scale,
         None if problem.sink_q is None else after_past(problem.sink_q),
+        problem.bias,
+        problem.causal,
     )
     return out[:, :, problem.past :]
 
@@ -259,6 +297,11 @@ def _without_autocast(run: Callable[[Problem], Tensor]) -> Callable[[Problem], T
     return run_without
 
 
+def _chunked_refuses(problem: Problem) -> str | None:
+    far = problem.config.far
+    return None if far == "features" else f"far: {far} weighs each key or block by itself, which no sum stands for"
+
+
 def _fused(problem: Problem) -> Tensor:
     return next(layer for layer in triton_kernels.layers if not layer.refuses(problem)).attention(problem)
 
@@ -270,7 +313,10 @@ def _fused_refuses(problem: Problem) -> str | None:
     return None if None in reasons else "; ".join(dict.fromkeys(reasons))
 
 
-BACKENDS = {"reference": Backend(_without_autocast(reference)), "torch": Backend(_without_autocast(chunked))}
+BACKENDS = {
+    "reference": Backend(_without_autocast(reference)),
+    "torch": Backend(_without_autocast(chunked), _chunked_refuses),
+}
 if triton_kernels.layers:
     BACKENDS["triton"] = Backend(_fused, _fused_refuses)
 

@@ -2,8 +2,9 @@
 
 Every document starts a chunk of its own, aligned to its positions. A query in chunk c looks at its own and the
 previous chunk and at the sinks token by token (the reference does one such tile), and at chunks <= c - 2 through
-their summed state. The chunk is a multiple of the window and no shorter than the convolution, so nothing near is
-further away than the previous chunk.
+their summed state; where it looks both ways, at the next chunk token by token, too, and at chunks >= c + 2 through
+theirs. The chunk is a multiple of the window and no shorter than the convolution, so nothing near is further away than
+the chunk before or behind.
 """
 
 from functools import cached_property
@@ -31,7 +32,7 @@ class Layout:
     gap of tokens that only the state remembers. The gap gets no slots: what follows it starts the next chunk.
     """
 
-    def __init__(self, tokens: Tokens, size: int, sinks: int):
+    def __init__(self, tokens: Tokens, size: int, sinks: int, causal: bool = True):
         document, position, valid = tokens.document, tokens.position, tokens.valid
         batch, length = position.shape
         device = position.device
@@ -76,14 +77,17 @@ class Layout:
         self.follows = torch.zeros_like(self.document, dtype=torch.bool)  # (B, chunks): the previous chunk's document
         self.follows[:, 1:] = self.document[:, 1:] == self.document[:, :-1]
 
-        self.sinks = sinks
+        self.length = (last + 1).gather(1, self.document)  # (B, chunks), of the chunk's document
+
+        self.sinks, self.causal = sinks, causal
 
     @classmethod
-    def of(cls, tokens: Tokens, size: int, sinks: int) -> "Layout":
+    def of(cls, tokens: Tokens, size: int, sinks: int, causal: bool = True) -> "Layout":
         """The layout of `tokens`, made once for all layers that share them."""
-        if (size, sinks) not in tokens.layouts:
-            tokens.layouts[size, sinks] = cls(tokens, size, sinks)
-        return tokens.layouts[size, sinks]
+        key = size, sinks, causal
+        if key not in tokens.layouts:
+            tokens.layouts[key] = cls(tokens, *key)
+        return tokens.layouts[key]
 
     @cached_property
     def owner(self) -> Tensor | None:
@@ -98,24 +102,29 @@ class Layout:
         return self.valid[0].numel() == len(index) and bool((self.slot == index).all())
 
     @cached_property
+    def precedes(self) -> Tensor:
+        """[B, chunks], whether the next chunk is of the same document."""
+        return nn.functional.pad(self.follows[:, 1:], (0, 1))
+
+    @cached_property
     def visible(self) -> Tensor:
-        """[B * chunks, C, sinks + 2 C], of tiles."""
+        """[B * chunks, C, sinks + 2 C], of tiles; both ways, of 3 C."""
         batch, chunks, size = self.valid.shape
-        causal = torch.ones(size, size, dtype=torch.bool, device=self.valid.device).tril()
-        visible = torch.cat(
-            [
-                # Sinks in the own or previous chunk are there already.
-                (self.index_in_document >= 2)[..., None, None].expand(-1, -1, size, self.sinks),
-                self.follows[..., None, None].expand(-1, -1, size, size),
-                causal.expand(batch, chunks, size, size),
-            ],
-            dim=-1,
-        ).flatten(0, 1)
+        own = torch.ones(size, size, dtype=torch.bool, device=self.valid.device)
+        parts = [
+            # Sinks in the own or previous chunk are there already.
+            (self.index_in_document >= 2)[..., None, None].expand(-1, -1, size, self.sinks),
+            self.follows[..., None, None].expand(-1, -1, size, size),
+            (own.tril() if self.causal else own).expand(batch, chunks, size, size),
+        ]
+        if not self.causal:
+            parts.append(self.precedes[..., None, None].expand(-1, -1, size, size))
+        visible = torch.cat(parts, dim=-1).flatten(0, 1)
         return visible & self.tile_tokens(self.valid)[:, None, :]
 
     @cached_property
     def tile_position(self) -> Tensor:
-        """[B * chunks, sinks + 2 C]."""
+        """[B * chunks, keys of a tile]."""
         return self.tile_tokens(self.position)
 
     @cached_property
@@ -128,8 +137,10 @@ class Layout:
         return token.int(), self.first_chunk.int(), self.carries.int(), self.follows.int()
 
     def tile(self, x: Tensor) -> Tensor:
-        """[B, chunks, H, C, D] -> [B * chunks, H, sinks + 2 C, D]: the document's sinks, the previous and own chunk."""
-        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        """[B, chunks, H, C, D] -> [B * chunks, H, sinks + 2 C, D]: the document's sinks, the previous and own chunk;
+        both ways, sinks + 3 C, the next one behind them."""
+        nowhere = torch.zeros_like(x[:, :1])
+        previous, following = torch.cat([nowhere, x[:, :-1]], dim=1), torch.cat([x[:, 1:], nowhere], dim=1)
         sinks = x[..., : self.sinks, :]
         if self.owner is None:
             sinks = sinks[:, :1].expand_as(sinks)
@@ -137,7 +148,8 @@ class Layout:
             sinks = (self.owner.to(x.dtype) @ sinks.flatten(2)).view_as(sinks)
         else:
             sinks = sinks.gather(1, self.first_chunk[..., None, None, None].expand_as(sinks))
-        return torch.cat([sinks, previous, x], dim=3).flatten(0, 1)
+        parts = [sinks, previous, x] if self.causal else [sinks, previous, x, following]
+        return torch.cat(parts, dim=3).flatten(0, 1)
 
     def tile_tokens(self, x: Tensor) -> Tensor:
         """The same for [B, chunks, C]."""
@@ -173,8 +185,10 @@ def attend_sequence(
     weights: Weights,
     scale: float,
     sink_q: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal outputs [B, H, T, D_v] of whole sequences, in tiles; arguments as of `attend`, one query per key.
+    """Outputs [B, H, T, D_v] of whole sequences, in tiles; arguments as of `attend`, one query per key.
 
     `state` belongs to document 0 of each row.
     """
@@ -189,8 +203,10 @@ def attend_sequence(
         memory = _Memory(layout, phi_k, v.to(dtype), gates, state, config)
         M, G_q = memory.M, memory.G
         phi_k = None
-        aligned = config.window in ("block", "terrace") and config.window_size == size
-        if not (aligned and config.window == "block"):
+        aligned = causal and config.window in ("block", "terrace") and config.window_size == size
+        if not causal:
+            M = memory.outside(layout)
+        elif not (aligned and config.window == "block"):
             # The state is that before the previous chunk, where that is the document's.
             follows = layout.follows[:, :, None, None, None]
             M = torch.where(follows, torch.cat([M[:, :1], M[:, :-1]], dim=1), M)
@@ -224,11 +240,13 @@ def attend_sequence(
         weights,
         scale,
         sink_q=None if sink_q is None else layout.pack(sink_q).flatten(0, 1),
+        bias=bias,
+        counts=None if causal else layout.length.flatten()[:, None],
     )
     if weights.conv is not None:
         # The last query sees every key of its tile that the convolution can reach.
         reached = v_tile[:, :, config.sinks :].to(dtype) * layout.visible[:, -1:, config.sinks :, None]
-        out = out + _convolve(reached, weights.conv.to(dtype))
+        out = out + _convolve(reached, weights.conv.to(dtype), size)
     return layout.unpack(out.unflatten(0, (batch, chunks)))
 
 
@@ -247,7 +265,18 @@ class _Memory:
             gates = gates.map(lambda x: layout.pack(x.unsqueeze(-1)).squeeze(-1)).where(enters)
         self.phi_k = layout.pack(phi_k).to(v.dtype) * enters.unsqueeze(-1)
         start = None if state is None else state.M
+        self.v = v
         self.u, self.M, self.G, self.end = scan(self.phi_k, v, gates, start, layout.carries)
+
+    def outside(self, layout: Layout) -> Tensor:
+        """[B, chunks, H_kv, F, D_v + 1], what an additive state has of each document's chunks that are neither in nor
+        beside a chunk: those before it and those behind it, as a difference from the whole would be but rounding where
+        there are none."""
+        follows, precedes = (x[:, :, None, None, None] for x in (layout.follows, layout.precedes))
+        before = torch.where(follows, torch.cat([self.M[:, :1], self.M[:, :-1]], dim=1), self.M)
+        backwards = (x.flip(1) for x in (self.phi_k, self.v))
+        behind = scan(*backwards, None, None, layout.precedes.flip(1))[1].flip(1)
+        return before + torch.where(precedes, torch.cat([behind[:, 1:], behind[:, -1:]], dim=1), behind)
 
 
 def fold_sequence(
@@ -258,15 +287,18 @@ def fold_sequence(
     return State.of(_Memory(layout, phi_k, layout.pack(v), gates, state, config).end)
 
 
-def _convolve(v: Tensor, weight: Tensor) -> Tensor:
-    """[N, H, C, D]: the convolution of the later half of v [N, H_kv, 2 C, D], 0 where there is nothing, by `weight`
-    [H, taps]. In a tile the distance of two tokens is that of their slots, so one matrix serves all tiles."""
+def _convolve(v: Tensor, weight: Tensor, size: int) -> Tensor:
+    """[N, H, C, D]: the convolution of the second C = `size` of v [N, H_kv, 2 C or 3 C, D], 0 where there is nothing,
+    by `weight` [H, K], or, both ways, [H, 2 K - 1]. In a tile the distance of two tokens is that of their slots, so one
+    matrix serves all tiles."""
     tiles, kv_heads, length, dim = v.shape
-    size, taps = length // 2, weight.shape[1]
+    taps = weight.shape[1] if length == 2 * size else (weight.shape[1] + 1) // 2
     # Row i of the matrix is the filter, last tap first, shifted by i. Indexing would do too, but its gradient sums
     # thousands of equal indices one after the other.
-    shifted = nn.functional.pad(weight.flip(-1), (length - taps, size - 1)).unfold(-1, length, 1)
-    band = shifted.flip(1)  # (H, C, 2 C)
+    before = 2 * size - taps
+    behind = length + size - 1 - before - weight.shape[1]
+    shifted = nn.functional.pad(weight.flip(-1), (before, behind)).unfold(-1, length, 1)
+    band = shifted.flip(1)  # (H, C, 2 C or 3 C)
     columns = v.permute(1, 2, 0, 3).reshape(kv_heads, length, tiles * dim)
     out = contract(band[None], columns[None])[0]
     return out.view(len(weight), size, tiles, dim).permute(2, 0, 1, 3)

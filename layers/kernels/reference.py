@@ -8,6 +8,8 @@
     relu2:   o = g sum a v + lam sum b v / norm + c   with a_ij = relu(cos(q_i, k_j))^2
     laplace: the same                                 with a_ij = Laplace(scale q_i.k_j)
 
+Where a layer looks both ways, all keys of a document are visible, and c_i sums over -K < l < K.
+
 v far away is u of `memory`: the state's rule decides what a key leaves there. What is visible is the caller's
 business, so one function serves full sequences, packed documents, decoding with carried state, draft trees, and each
 tile of the chunked backend.
@@ -35,7 +37,7 @@ class Weights:
     Attributes:
         near: g [H].
         far: lam (or alpha) [H].
-        conv: w [H, K], or None.
+        conv: w [H, K], from distance 0 on, or, both ways, [H, 2 K - 1], from distance 1 - K on; or None.
     """
 
     near: Tensor
@@ -43,15 +45,45 @@ class Weights:
     conv: Tensor | None
 
 
-def conv_band(weight: Tensor, distance: Tensor) -> Tensor:
-    """[.., H, Q, K] the convolution as a matrix: w_h[distance] where 0 <= distance < taps, else 0.
+def conv_band(weight: Tensor, distance: Tensor, first: int) -> Tensor:
+    """[.., H, Q, K] the convolution as a matrix: w_h[distance - first] where there is such a tap, else 0.
 
     Args:
         weight: [H, taps]; distance: [.., Q, K] integers.
     """
-    taps = weight.shape[1]
-    inside = (distance >= 0) & (distance < taps)
-    return (weight[:, distance.clamp(0, taps - 1)] * inside).movedim(0, -3)
+    tap, taps = distance - first, weight.shape[1]
+    inside = (tap >= 0) & (tap < taps)
+    return (weight[:, tap.clamp(0, taps - 1)] * inside).movedim(0, -3)
+
+
+def at_distance(bias: Tensor, q_position: Tensor, k_position: Tensor) -> Tensor:
+    """[N, H, Q, K] of bias [H, 2 R - 1], which begins with keys R - 1 before the query and ends with those R - 1
+    behind it; what is further away gets what is there."""
+    reach = bias.shape[1] // 2
+    place = (k_position[:, None, :] - q_position[:, :, None]).clamp(-reach, reach) + reach
+    return bias[:, place].movedim(0, 1)
+
+
+def yoso(q: Tensor, k: Tensor) -> Tensor:
+    """[N, H, Q, K] (1 - arccos(cos(q, k)) / pi)^8 (YOSO, arXiv 2111.09714, eq. 3 with tau = 8)."""
+    q, k = (nn.functional.normalize(x, dim=-1) for x in (q, k))
+    # The slope of arccos has no end at 1.
+    cosine = contract(q, k.mT).clamp(EPS - 1, 1 - EPS)
+    return (1 - cosine.arccos() / torch.pi) ** 8
+
+
+@dataclass
+class Blocks:
+    """What `linformer` sees in place of the keys of each block of its window.
+
+    Attributes:
+        k: [N, H_kv, R, D]; v: [N, H_kv, R, D_v], some rows for each block.
+        visible: [N, Q, R], of other blocks than the query's own.
+    """
+
+    k: Tensor
+    v: Tensor
+    visible: Tensor
 
 
 def contract(x: Tensor, y: Tensor) -> Tensor:
@@ -78,6 +110,9 @@ def attend(
     scale: float,
     recalls: Tensor | None = None,
     sink_q: Tensor | None = None,
+    bias: Tensor | None = None,
+    blocks: Blocks | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """The near and the far branch: outputs [N, H, Q, D_v] in fp32 (fp64 for fp64 inputs).
 
@@ -91,6 +126,9 @@ def attend(
         M: [N, H_kv, F, D_v + 1], what the state holds of further keys, far to every query (to those in `recalls`
             [N, Q], where given).
         sink_q: [N, H, Q, D], the queries as sinks see them, where that is not as all other keys do.
+        bias: [H, 2 R - 1], added to near scores, see `at_distance`; or None.
+        blocks: of `linformer`.
+        counts: [N, Q], how many keys a query may look at, here or in the state; None: all up to its own position.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     v = v.to(dtype)
@@ -105,12 +143,20 @@ def attend(
     if sink_q is not None:
         is_sink = (k_position < config.sinks)[:, None, None]
         scores = torch.where(is_sink, contract(sink_q * scale, k.mT), scores)
+    if bias is not None:
+        scores = scores + at_distance(bias.to(dtype), q_position, k_position)
     scores = scores.masked_fill(~is_near[:, None], -torch.inf)
+    lowest = torch.finfo(dtype).min
+    if blocks is not None:
+        far_scores = contract(q * scale, blocks.k.to(dtype).mT).masked_fill(~blocks.visible[:, None], -torch.inf)
+        far_m = far_scores.amax(-1, keepdim=True).clamp(min=lowest)
     if config.local in UNNORMALISED:
         a = UNNORMALISED[config.local](scores)
         a_sum = torch.ones_like(a[..., :1])
     else:
-        m = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
+        m = scores.amax(-1, keepdim=True).clamp(min=lowest)
+        if blocks is not None and config.combine == "shared":
+            m = far_m = torch.maximum(m, far_m)
         if config.combine == "shared":
             # g a = exp(scores - m + log g), at no cost per key.
             m = m - g.log()
@@ -118,7 +164,14 @@ def attend(
         a_sum = a.sum(-1, keepdim=True)
 
     b_v, b_sum = 0.0, 0.0
-    if phi_q is not None:
+    if blocks is not None:
+        b = (far_scores - far_m).exp()
+        if config.combine == "shared":
+            b = lam * b
+        b_v, b_sum = contract(b, blocks.v.to(dtype)), b.sum(-1, keepdim=True)
+    elif config.far == "yoso":
+        b_v = contract(yoso(q, k) * (visible & ~is_near)[:, None], v)
+    elif phi_q is not None:
         phi_q = phi_q.to(dtype)
         if config.combine == "shared":
             phi_q = phi_q * lam
@@ -140,15 +193,17 @@ def attend(
             b_sum = b_sum.clamp(min=0)  # what the rule corrects may overshoot; a denominator must not
         return (contract(a, v) + b_v) / _nonzero(a_sum + b_sum)
     out = g * contract(a, v) / _nonzero(a_sum)
-    if phi_q is None:
+    if not config.has_far:
         return out
-    if config.norm == "rms":
+    if config.norm == "l2":
+        b_v = nn.functional.normalize(b_v, dim=-1, eps=EPS)
+    elif config.norm == "rms":
         b_v = b_v * (b_v.square().mean(-1, keepdim=True) + EPS).rsqrt()
     elif config.norm == "sum":
         b_v = b_v / _nonzero(b_sum)
     elif config.norm == "count":
         # Positions are contiguous, so what is visible and not near is far, in hand or in the state.
-        count = q_position + 1 - is_near.sum(-1)
+        count = (q_position + 1 if counts is None else counts) - is_near.sum(-1)
         b_v = b_v / count.clamp(min=1)[:, None, :, None]
     return out + lam * b_v
 

@@ -157,7 +157,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, *maps, near, far, conv, S, z, kept, S_0, z_0, lse, mass, top = ctx.saved_tensors
         do = rows_last(do)
         shape, (constants, window) = ctx.shape, ctx.keywords
-        batch, heads, kv_heads, size = shape.batch, shape.heads, shape.kv_heads, constants["C"]
+        batch, heads, kv_heads = shape.batch, shape.heads, shape.kv_heads
         learned, layout = maps[0] is not None, (shape.source, shape.follows)
         dq, dk, dv = results(shape, q, k, v)
         dy_q = dy_k = None
@@ -171,12 +171,12 @@ class _Attention(torch.autograd.Function):
         count, span = ctx.segments
         _scan(shape, constants, window, (k, v), maps[2:], (S, z, kept), count, span, (S_0, z_0), states)
         count, span = shape.segments(batch * heads, INDEPENDENT_PROGRAMS)
-        outer = S.new_empty(count, batch, heads, size, size) if conv is not None else None
+        sums = S.new_empty(count, batch, heads, window["TAPS"] + 1)
         by_d, by_v = shape.given(constants["BD"], q, k, dq, dk), shape.given(constants["BV"], v, do, dv)
         sizes = heads, shape.tokens, shape.past, shape.chunks
         backward_queries[(batch * heads, count)](
             *by_d[:2], *by_v[:2], by_d[2], dy_q, *maps, near, far, *states, lse, mass, top, centre, slope, peak,
-            outer, *layout, *strides(q, k, v, do, dq), *sizes, span, shape.scale, **constants, **window,
+            sums, *layout, *strides(q, k, v, do, dq), *sizes, span, shape.scale, **constants, **window,
             **LAUNCH["backward_queries"],
         )  # fmt: skip
 
@@ -195,14 +195,11 @@ class _Attention(torch.autograd.Function):
             **LAUNCH["backward_keys"],
         )  # fmt: skip
 
-        dfar = slope.view(batch, heads, -1).sum((0, 2))
+        sums = sums.sum((0, 1))
+        dfar = sums[:, -1]
         # All weights of a row are centred, so what the far ones gain by lam the near ones lose by g.
         dnear = -far * dfar / near if ctx.needs_input_grad[7] and window["SHARED"] else None
-        dconv = None
-        if conv is not None:
-            query, tap = (torch.arange(n, device=do.device) for n in (size, window["TAPS"]))
-            key = (query[:, None] - tap) % size
-            dconv = outer.sum((0, 1)).gather(2, key.expand(heads, -1, -1)).sum(1)
+        dconv = None if conv is None else sums[:, :-1]
         dmaps = [None] * 4
         if learned:
             dmaps[0], dmaps[2] = ((x.mT @ dy).sum(0).float() for x, dy in ((q, dy_q), (k, dy_k)))

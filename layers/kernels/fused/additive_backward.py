@@ -15,6 +15,7 @@ from .tiles import (
     projection,
     slots_of,
     store_rows,
+    tap_sums,
 )
 
 
@@ -42,7 +43,7 @@ def _phi_backward(
 @triton.jit(do_not_specialize=SIZES)
 def backward_queries(
     q, k, v, do, dq, dy, W_q, b_q, W_k, b_k, near_weight, far_weight, states, state_sums,
-    lse, mass, top, centre, slope, peak, outer, source, follows,
+    lse, mass, top, centre, slope, peak, sums, source, follows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, dq_b, dq_h, dq_t,
     H, T, past, n, span, scale,
     GROUPS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, F: tl.constexpr,
@@ -51,8 +52,8 @@ def backward_queries(
     MAP: tl.constexpr, SHARED: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dq, what centres each row's gradients (`centre` of near weights, of all where SHARED), `slope`, `peak`, `dy`
-    [B, H, T, Y] of the map's projection, and per program `outer` [C, C], do v^T summed over chunks, arranged as in
-    `band_of`."""
+    [B, H, T, Y] of the map's projection, and per program `sums` [TAPS + 1]: the gradients of the convolution's taps,
+    and the sum of `slope`."""
     PREVIOUS: tl.constexpr = PREVIOUS_NEAR or TAPS > 1
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, h = row // H, row % H
@@ -65,6 +66,7 @@ def backward_queries(
     if OWN_FAR or PREVIOUS_FAR:
         weight_k, bias_k = projection(W_k, b_k, kv_h, MAP, D, BD, Y, BY)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    rise_sum = tl.zeros([C], tl.float32)
     if TAPS:
         outer_sum = tl.zeros([C, C], tl.float32)
     for c in range(segment * span, tl.minimum(segment * span + span, n)):
@@ -149,6 +151,7 @@ def backward_queries(
             far_middle = rise
         tl.store(centre + at_row, middle, mask=asks)
         tl.store(slope + at_row, rise, mask=asks)
+        rise_sum += tl.where(asks, rise, 0.0)
 
         # Gradients of scores.
         if WINDOW != "none":
@@ -179,9 +182,11 @@ def backward_queries(
             dqs = tl.dot((p_b * scale).to(dtype), ks_b, dqs, input_precision=P)
         store_rows(dq, dqs.to(dtype), batch, h, c, 0, token - past, asks, dq_b, dq_h, dq_t, D, BD, C, INDEXED)
 
+    place = (segment * tl.num_programs(0) + row) * (TAPS + 1)
+    tl.store(sums + place + TAPS, tl.sum(rise_sum, axis=0))
     if TAPS:
-        place = segment * tl.num_programs(0) + row
-        tl.store(outer + place * C * C + i * C + j, outer_sum)
+        tap = tl.arange(0, C)
+        tl.store(sums + place + tap, tap_sums(outer_sum, C), mask=tap < TAPS)
 
 
 @triton.jit

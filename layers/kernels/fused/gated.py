@@ -404,15 +404,13 @@ class _Attention(torch.autograd.Function):
         dconv = None
         if conv is not None:
             count, span = shape.segments(batch * heads, INDEPENDENT_PROGRAMS)
-            outer = G.new_empty(count, batch, heads, size, size)
+            sums = G.new_empty(count, batch, heads, conv.shape[1])
             few = {name: constants[name] for name in ("GROUPS", "V", "BV", "C", "INDEXED", "P")}
             backward_conv[(batch * heads, count)](
-                *by_v[:2], outer, shape.source, shape.follows, *strides(v, do), heads, shape.tokens, shape.past,
-                n, span, **few, **LAUNCH["backward_conv"],
+                *by_v[:2], sums, shape.source, shape.follows, *strides(v, do), heads, shape.tokens, shape.past,
+                n, span, **few, TAPS=conv.shape[1], **LAUNCH["backward_conv"],
             )  # fmt: skip
-            query, tap = (torch.arange(count, device=do.device) for count in (size, conv.shape[1]))
-            key = (query[:, None] - tap) % size
-            dconv = outer.sum((0, 1)).gather(2, key.expand(heads, -1, -1)).sum(1)
+            dconv = sums.sum((0, 1))
         dS = dz = None
         if any(ctx.needs_input_grad[7:9]):
             # Each block of columns has the whole of z.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .gated_attend import SINK_ROWS, near_tiles, scores, sink_tile, summed
-from .tiles import LOG2E, SIZES, band_of, body_slots, joined, load_rows, slots_of, store_rows
+from .tiles import LOG2E, SIZES, band_of, body_slots, joined, load_rows, slots_of, store_rows, tap_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -319,10 +319,11 @@ def backward_states(
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_conv(
-    v, do, outer, source, follows, v_b, v_h, v_t, do_b, do_h, do_t, H, T, past, n, span,
-    GROUPS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, INDEXED: tl.constexpr, P: tl.constexpr,
+    v, do, sums, source, follows, v_b, v_h, v_t, do_b, do_h, do_t, H, T, past, n, span,
+    GROUPS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr,
+    INDEXED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """`outer` [C, C] per program, do v^T summed over chunks, arranged as in `band_of`."""
+    """`sums` [TAPS] per program, the gradients of the convolution's taps."""
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, h = row // H, row % H
     kv_h = h // GROUPS
@@ -339,5 +340,5 @@ def backward_conv(
         own = tl.dot(dos, tl.trans(vs), input_precision=P)
         vs = load_rows(v, batch, kv_h, c - 1, 0, token_b, held_b, v_b, v_h, v_t, V, BV, C, INDEXED)
         total += tl.where(j <= i, own, tl.dot(dos, tl.trans(vs), input_precision=P))
-    place = segment * tl.num_programs(0) + row
-    tl.store(outer + place * C * C + i * C + j, total)
+    place, tap = (segment * tl.num_programs(0) + row) * TAPS, tl.arange(0, C)
+    tl.store(sums + place + tap, tap_sums(total, C), mask=tap < TAPS)

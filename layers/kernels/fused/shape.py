@@ -80,6 +80,10 @@ def refused(problem) -> str | None:
     """Why no fused layer takes `problem`, or None."""
     if problem.q_features is None:
         return "there is no far branch"
+    if not problem.causal:
+        return "queries see what is behind them"
+    if problem.bias is not None:
+        return "scores have a bias"
     if problem.config.local != "softmax":
         return f"near keys are weighted by {problem.config.local}"
     if problem.ancestors is not None or problem.q.shape[2] < 2:

@@ -158,6 +158,13 @@ def band_of(conv, head, C: tl.constexpr, TAPS: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def tap_sums(outer, C: tl.constexpr):
+    """[C], at each tap what it weighs in `outer` [C, C], arranged as in `band_of`: the sum along its diagonal."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    return tl.sum(tl.gather(outer, (i - j + C) % C, 1), axis=0)
+
+
+@triton.jit
 def softmax(x, Y: tl.constexpr):
     """Over the first Y columns; the others are 0."""
     if x.shape[1] > Y:
