@@ -188,6 +188,9 @@ def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) 
         source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if head == "encoder" and missing and all(key.startswith("pooler.") for key in missing):
+        # What was trained on masked tokens has none, and hidden states do without.
+        model.pooler, missing = None, []
     if missing:
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:

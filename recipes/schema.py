@@ -119,7 +119,7 @@ class ModelSection(Section):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: config makes a model without weights; drop one of them")
         if self.head == "encoder":
-            raise ValueError("head: an encoder learns from its softmax self, and new weights know nothing; use masked-lm")
+            raise ValueError("head: an encoder learns from its softmax self, which knows nothing yet; use masked-lm")
         if self.tokenizer is None:
             raise ValueError("tokenizer: required, as a model without weights brings none")
         return self
