@@ -19,7 +19,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from linearize import __version__
-from linearize.recipes.schema import Recipe, package_file
+from linearize.recipes.model import package_file
+from linearize.recipes.schema import Recipe
 
 # Which parts of a recipe each stage reads, besides what it gets from the stages before it.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {

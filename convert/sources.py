@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import linearize.layers.flash  # noqa: F401  (a family that transformers is to know)
-from linearize.recipes.schema import Head, ModelSection, package_file
+from linearize.recipes.model import Head, ModelSection, package_file
 
 # What loads a model by what it ends in.
 AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}

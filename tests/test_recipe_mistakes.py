@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
-from linearize.recipes.schema import package_file
+from linearize.recipes.model import package_file
 
 
 def problems(recipe: str, *overrides: str) -> list[str]:
