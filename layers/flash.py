@@ -185,20 +185,24 @@ class GatedAttentionUnit(GradientCheckpointingLayer):
 
     def tokens_before(self, shifted: Tensor, place: Place, cache: Cache | None) -> Tensor:
         """Of `shifted` [B, T, C / 2], that of the token before each; 0 where a document begins."""
-        layer = None if cache is None or not cache.get_seq_length(self.layer_idx) else cache.layers[self.layer_idx]
-        if layer is None:
-            latest = torch.zeros_like(shifted[:, :1])
-        else:
-            values = layer.latest("v") if hasattr(layer, "latest") else layer.values[:, :, -1:]
-            latest = values[:, 0, :, self.value_dim :].to(shifted.dtype)
+        # A stock cache makes its layers as they come.
+        layer = None if cache is None or self.layer_idx >= len(cache.layers) else cache.layers[self.layer_idx]
+        values = None
+        if hasattr(layer, "latest"):
+            # Not whether it has seen tokens: graphs are captured before that. Where there are none, nothing follows.
+            values = layer.latest("v") if layer.ring else None
+        elif layer is not None and layer.get_seq_length():
+            values = layer.values[:, :, -1:]
+        latest = torch.zeros_like(shifted[:, :1]) if values is None else values[:, 0, :, self.value_dim :]
+        latest = latest.to(shifted.dtype)
         before = torch.cat([latest, shifted[:, :-1]], dim=1)
         ancestors = getattr(layer, "ancestors", None)
         if ancestors is not None:
             # Of a draft tree's node, the deepest of its other ancestors; of a root, the latest token.
             others = ancestors.tril(-1) | ancestors.triu(1)
             parent = (others * ancestors.sum(-1)).argmax(-1)
-            before = torch.where(others.any(-1)[:, None], shifted[:, parent], latest)
-        return before if ancestors is not None else before * place.follows[..., None]
+            return torch.where(others.any(-1)[:, None], shifted[:, parent], latest)
+        return torch.where(place.follows[..., None], before, 0)
 
 
 class FlashPreTrainedModel(PreTrainedModel):
