@@ -181,7 +181,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Show this recipe.")
     console.print(table)
 
 
-for verb in (verbs.chat, verbs.generate, verbs.bench, verbs.evaluate, verbs.push):
+for verb in (verbs.chat, verbs.generate, verbs.bench, verbs.evaluate, verbs.tasks, verbs.push):
     app.command()(verb)
 app.command(name="import")(verbs.import_)
 

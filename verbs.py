@@ -2,6 +2,7 @@
 them."""
 
 import json as json_module
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -138,6 +139,45 @@ def bench(
         print(json_module.dumps({"model": loaded.config.to_dict().get("medusa"), "results": results}, indent=2))
     else:
         console.print(table(results))
+
+
+def tasks(
+    model: Model,
+    tasks: Annotated[str, typer.Option(help="Names, with commas between them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Directory with the tasks' files; otherwise lm-eval's own, from the Hub.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="The softmax model, likewise, to be measured beside.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task, of each part of it, at most.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; as many as fit, on a CPU 8.")] = None,
+    out: Annotated[Path, typer.Option(help="Results, which are added to and not measured again.")] = Path("tasks.json"),
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    trust_remote_code: Trust = False,
+    json: Json = False,
+):
+    """Measure a model on downstream tasks, by lm-eval.
+
+    From local files, or from the Hub by lm-eval's names; interrupted, it goes on where it stopped.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise BadInput(f"--dtype {dtype}: expected auto, float32, bfloat16 or float16")
+    quieten()
+    from linearize.convert import tasks as downstream
+    from linearize.convert.exported import find
+
+    models = {} if teacher is None else {downstream.TEACHER: find(teacher, linear=False)}
+    models[downstream.CONVERTED] = find(model, trust_remote_code)
+    names = list(dict.fromkeys(filter(None, map(str.strip, tasks.split(",")))))
+    settings = {name: str(found.path.resolve()) for name, found in models.items()}
+    settings |= {"data": None if data is None else str(data.expanduser().resolve()), "limit": limit, "dtype": dtype}
+    results = downstream.run(
+        {name: partial(found.load, dtype) for name, found in models.items()}, names,
+        None if data is None else data.expanduser(), limit, batch, out.expanduser(), settings, Console(stderr=True),
+    )  # fmt: skip
+    if json:
+        print(json_module.dumps(results, indent=2))
+    else:
+        console.print(downstream.table(results))
 
 
 def import_(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 from linearize.layers.cache import LinearCache
@@ -39,6 +39,10 @@ SHAPES = {
     "tiny": dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4),
 }
 SOFTMAX = "softmax (SDPA)"
+# SDPA without a mask: transformers makes one of a single token while a graph is captured, which neither cuDNN's nor
+# flash's kernels take.
+UNMASKED = "sdpa_unmasked"
+AttentionInterface.register(UNMASKED, AttentionInterface()["sdpa"])
 ANY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -178,6 +182,7 @@ def measure(model, contexts: list[int], batches: list[int], steps: int) -> dict:
                         cache.batch_repeat_interleave(batch)
                         return decode(model, cache, batch, steps, graph)
                     cache, rates = random_cache(model.config, context, batch, graph), []
+                    model.set_attn_implementation(UNMASKED if graph else "sdpa")
                     for backends in [[SDPBackend.CUDNN_ATTENTION], [SDPBackend.FLASH_ATTENTION]] if graph else [ANY]:
                         with sdpa_kernel(backends):
                             rates.append(decode(model, cache, batch, steps, graph))

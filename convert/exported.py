@@ -82,6 +82,11 @@ def find(
     exported = Exported(model, file.parent, "linear_attention" in config, "medusa" in config)
     if linear and not exported.is_linear:
         raise StageError(f"{model}: is not a linearized model; run linearize convert first")
+    if exported.is_linear and "AutoModelForCausalLM" not in config.get("auto_map", {}):
+        raise StageError(
+            f"{model}: is an encoder, which writes no text and is measured beside its teacher alone, by its recipe; "
+            "transformers' AutoModel loads it"
+        )
     if heads and not exported.has_heads:
         raise StageError(f"{model}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")
     if local is None:

@@ -157,9 +157,13 @@ def _forgotten(recipe: Recipe, evaluated: dict | None) -> str:
     config = recipe.attention.config
     beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
     held = "is held in a state of fixed size, and much of it is not remembered word for word"
-    if config.feature_map is None:
+    if not config.has_far:
         held = "is not seen"
+    elif config.far != "features":
+        held = f"is weighed by {config.far} attention"
     kept = " (by heads that do not stay softmax)" if recipe.keep else ""
+    if recipe.model.head == "encoder":
+        return f"{beyond}, on either side of a token, {held.partition(',')[0]}{kept}."
     return f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
 
 

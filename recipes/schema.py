@@ -367,6 +367,7 @@ class Recipe(Section):
             ],
             "medusa": [("heads", None, "guess next tokens, which an encoder does not make; set medusa: null")],
             "evaluate": [
+                ("copying", None, "asks for next tokens, which an encoder does not make"),
                 ("passkey", [], "asks for next tokens, which an encoder does not make"),
                 ("recall", [], "asks for next tokens, which an encoder does not make"),
                 ("speed", [], "times how texts are written, which an encoder does not do"),
