@@ -18,10 +18,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.convert import probes
+from linearize.convert.attention_plan import kept_bytes, state_bytes
 from linearize.convert.calibrate import calibrate
 from linearize.convert.keep import heads_by_layer
 from linearize.convert.measures import copying, text
-from linearize.convert.plan import kept_bytes, state_bytes
 from linearize.layers.config import PRESETS
 from linearize.layers.seam import install
 

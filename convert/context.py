@@ -19,7 +19,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from linearize import __version__
-from linearize.recipes.schema import Recipe, package_file
+from linearize.recipes.model import package_file
+from linearize.recipes.schema import Recipe
 
 # Which parts of a recipe each stage reads, besides what it gets from the stages before it.
 STAGE_INPUTS: dict[str, tuple[str, ...]] = {
@@ -70,7 +71,10 @@ class Context:
 
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [name for name in STAGES if name not in OPTIONAL or getattr(self.recipe, name) is not None]
+        left_out = {name for name in OPTIONAL if getattr(self.recipe, name) is None}
+        if self.recipe.attention is None:
+            left_out.add("install")
+        return [name for name in STAGES if name not in left_out]
 
     def stage_directory(self, stage: str) -> Path:
         return self.directory / stage
@@ -108,6 +112,8 @@ class Context:
             inputs["install"] += ("data.train",)
         if self.recipe.model.head != "causal-lm":
             inputs["load"] += ("model.head",)
+        if self.recipe.model.config is not None:
+            inputs["load"] += ("model.config", "seed")
         parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):

@@ -136,33 +136,47 @@ def baselines(own: LinearAttentionConfig, is_encoder: bool) -> dict[str, LinearA
 def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     recipe = context.recipe
     everything = [measure for measure in measures if measure.name not in ("far_mass", "speed")]
+    names = [name for stage, name in NAMES.items() if stage in context.stages()]
     schedule = {}
-    if recipe.evaluate.baselines:
+    if _has_baselines(context):
         schedule["models", TEACHER] = measures
+    if recipe.attention is None:
+        return schedule | {("models", name): everything for name in names}
     if recipe.evaluate.tuned_teacher:
         schedule["models", TUNED_TEACHER] = everything
-    if recipe.evaluate.baselines:
+    if _has_baselines(context):
         *published, own = baselines(recipe.attention.config, recipe.model.head == "encoder")
         schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
-    *before, last = [name for stage, name in NAMES.items() if stage in context.stages()]
+    *before, last = names
     schedule |= {("models", name): measures[:1] for name in before}
     return schedule | final_schedule(last, measures)
+
+
+def _has_baselines(context: Context) -> bool:
+    """Whether the model as it came is measured: random weights would be nobody's baseline."""
+    untrained = context.recipe.model.config is not None
+    alone = context.recipe.attention is None and context.recipe.finetune is None
+    return alone or context.recipe.evaluate.baselines and not untrained
 
 
 def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
     if context.recipe.evaluate.tuned_teacher:
         yield ("models", TUNED_TEACHER), tuned_teacher(context)
     model = softmax_model(context).to(context.device)
-    if context.recipe.evaluate.baselines:
+    if _has_baselines(context):
         yield ("models", TEACHER), model
-        is_encoder = context.recipe.model.head == "encoder"
-        for name, config in baselines(context.recipe.attention.config, is_encoder).items():
-            yield ("models", name), install(model, config)
+        if context.recipe.attention is not None:
+            is_encoder = context.recipe.model.head == "encoder"
+            for name, config in baselines(context.recipe.attention.config, is_encoder).items():
+                yield ("models", name), install(model, config)
     for stage, converted in stages_of(context, model):
+        if stage == "load":
+            continue
         # PEFT calls the model's forward past the hook that makes its cache.
         model = converted.get_base_model() if isinstance(converted, PeftModel) else converted
         yield ("models", NAMES[stage]), model
-    yield from ablations(model)
+    if context.recipe.attention is not None:
+        yield from ablations(model)
 
 
 def run(context: Context) -> Artifact:
@@ -173,7 +187,8 @@ def run(context: Context) -> Artifact:
         teacher = remembered(lambda rows: embed(softmax_model(context).to(context.device), rows))
         measures = encoder_measures(recipe.evaluate, stream, edges(context.tokenizer), None, teacher)
     else:
-        measures = make_measures(recipe.evaluate, stream, context.tokenizer, recipe.attention.config)
+        config = recipe.attention and recipe.attention.config
+        measures = make_measures(recipe.evaluate, stream, context.tokenizer, config)
     if recipe.evaluate.tuned_teacher:
         train_tuned_teacher(context)
     directory = context.stage_directory("evaluate")
@@ -195,7 +210,7 @@ def evaluate_model(
         ValueError: naming the field of the section that asks for what the model or the held-out text cannot give.
     """
     linear = getattr(model, "linear_attentions", dict)()
-    config = next(iter(linear.values())).config if linear else PRESETS["swa"]
+    config = next(iter(linear.values())).config if linear else None
     measures = make_measures(section, stream, tokenizer, config, position_limit(model))
     if linear:
         name = "linearized"

@@ -22,7 +22,7 @@ def run(context: Context) -> Artifact:
             if LINEAR not in name:
                 parameter.data = parameter.data.to(getattr(torch, recipe.export.dtype))
     tokenizer = context.tokenizer
-    if recipe.finetune is not None:
+    if recipe.finetune is not None and recipe.model.head != "masked-lm":
         # Where texts are cut.
         tokenizer.model_max_length = max(tokenizer.model_max_length, recipe.finetune.longest)
     metrics = {stage: context.state(stage)["metrics"] for stage in context.stages() if stage not in ("export", "push")}

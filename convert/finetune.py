@@ -23,7 +23,7 @@ TOKENS_AT_ONCE = 256
 
 
 class NextTokenAndDistillation:
-    """`next_token` * cross-entropy + `distill` * KL(teacher || student).
+    """`next_token` * cross-entropy of next (or masked) tokens + `distill` * KL(teacher || student).
 
     The teacher is the same model with adapters off and softmax attention on: no second copy is loaded. It reads whole
     sequences: where the student goes through them chunk by chunk, all of the teacher's logits wait for it.
@@ -31,13 +31,17 @@ class NextTokenAndDistillation:
 
     is_local = False
 
-    def __init__(self, section: FinetuneSection):
-        self.section, self.calls_backward, self.parts = section, section.chunk is not None, {}
+    def __init__(self, section: FinetuneSection, masked: bool = False):
+        self.section, self.masked, self.calls_backward, self.parts = section, masked, section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-        # The logits of the last token have no label.
-        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        if not self.masked:
+            inputs["use_cache"] = False
+        labels = batch["labels"]
+        if not self.masked:
+            # The logits of the last token have no label.
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         weights = label_weights(labels)
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)
@@ -131,7 +135,7 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
-    objective = NextTokenAndDistillation(section)
+    objective = NextTokenAndDistillation(section, context.recipe.model.head == "masked-lm")
     if context.recipe.model.head == "encoder":
         objective = HiddenStates(section, edges(context.tokenizer))
     steps = train(context, stage, model, objective, section, learning_rates)

@@ -26,7 +26,7 @@ from linearize.hub.published import (
     window_of,
 )
 from linearize.layers.seam import UnsupportedModelError, head_shapes, install
-from linearize.recipes.schema import ModelSection
+from linearize.recipes.model import ModelSection
 
 
 def import_published(

@@ -1,4 +1,4 @@
-"""Stage load: find the model, keep its tokenizer, and unpack it where its form is slow to read (GGUF)."""
+"""Stage load: find the model, keep its tokenizer, and unpack it where its form is slow to read (GGUF); or make one."""
 
 from linearize.convert import sources
 from linearize.convert.context import Artifact, Context
@@ -7,8 +7,13 @@ from linearize.convert.context import Artifact, Context
 def run(context: Context) -> Artifact:
     recipe = context.recipe.model
     directory = context.stage_directory("load")
+    tokenizer = sources.tokenizer_of(recipe)
+    tokenizer.save_pretrained(directory / "tokenizer")
+    if recipe.config is not None:
+        config = sources.new_config(recipe, tokenizer)
+        sources.new_model(config, context.recipe.seed, recipe.head).save_pretrained(directory / "model")
+        return Artifact(directory, {"source": None, "revision": None, "card": {}})
     source = sources.locate(recipe.source, recipe.revision)
-    sources.load_tokenizer(recipe).save_pretrained(directory / "tokenizer")
     if source.gguf:
         sources.load_model(source, recipe.dtype, recipe.head).save_pretrained(directory / "model")
     # A branch on the Hub moves; what is converted is the commit that it pointed to.

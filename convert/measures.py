@@ -15,7 +15,7 @@ from linearize.convert import probes
 from linearize.convert.far_mass import divides_mass, far_mass
 from linearize.convert.probes import Probe, doubling
 from linearize.convert.speed import DECODED, RUNS, speed
-from linearize.layers.config import LinearAttentionConfig
+from linearize.layers.config import PRESETS, LinearAttentionConfig
 from linearize.layers.seam import rotary_embeddings
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.schema import LONGEST_AT_ONCE
@@ -169,18 +169,24 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def make_measures(
-    section: EvaluateSection, stream: Tensor, tokenizer, config: LinearAttentionConfig, positions: int | None = None
+    section: EvaluateSection,
+    stream: Tensor,
+    tokenizer,
+    config: LinearAttentionConfig | None,
+    positions: int | None = None,
 ) -> list[Measure]:
     """The measurements of a recipe's section; the first is the held-out text at its first length.
 
     Args:
         stream: [L] held-out tokens.
-        config: of the linear layers: what is beyond their window, and whether their `far_mass` can be measured.
+        config: of the linear layers: what is beyond their window, and whether their `far_mass` can be measured. None:
+            there are none; what is beyond the published baseline's window is told.
         positions: the model's `position_limit`.
 
     Raises:
         ValueError: naming the field of the section that asks for what the model or the held-out text cannot give.
     """
+    config = config or PRESETS["swa"]
     measures = []
 
     def add(name: str, size: int, function: Callable, count: int, length: int) -> None:

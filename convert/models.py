@@ -54,12 +54,15 @@ def merged_model(context: Context) -> PreTrainedModel:
 
 def stages_of(context: Context, model: PreTrainedModel, last: str = "finetune") -> Iterator[tuple[str, nn.Module]]:
     """Bring a softmax model forward in place, yielding (stage, model) after each finished stage that changes it, up
-    to stage `last`."""
-    install(model, context.recipe.attention.config, kept_heads(context, model))
-    # There are none where the layers have no parameters.
-    if (context.stage_directory("install") / WEIGHTS).is_file():
-        load_weights(model, context.stage_directory("install"))
-    yield "install", model.eval()
+    to stage `last`; first after install, or after load where its attention stays."""
+    if context.recipe.attention is None:
+        yield "load", model.eval()
+    else:
+        install(model, context.recipe.attention.config, kept_heads(context, model))
+        # There are none where the layers have no parameters.
+        if (context.stage_directory("install") / WEIGHTS).is_file():
+            load_weights(model, context.stage_directory("install"))
+        yield "install", model.eval()
     for stage in ("transfer", "finetune"):
         section = getattr(context.recipe, stage)
         if STAGES.index(stage) > STAGES.index(last):

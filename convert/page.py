@@ -113,6 +113,7 @@ def page(run: Run, plots: dict[str, Plot]) -> str:
     )
     environment.filters |= {"count": count_text, "size": size_text}
     recipe = yaml.safe_load(run.recipe)
+    new = recipe["model"].get("config")
     evaluated, medusa = run.metrics.get("evaluate"), run.metrics.get("medusa")
     kept = {layer: heads for layer, heads in run.metrics.get("install", {}).get("kept_heads", {}).items() if heads}
     table = rows(evaluated) if evaluated else []
@@ -133,6 +134,8 @@ def page(run: Run, plots: dict[str, Plot]) -> str:
         headline=list(_headline(run)),
         kept=kept,
         medusa=medusa,
+        model=recipe["model"].get("base_model") or recipe["model"]["source"] or f"A new {new['model_type']}",
+        new=new,
         model_directory=repr(str(run.directory / "export" / "model")),
         plots=plots,
         recipe=recipe,
@@ -162,7 +165,7 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
             if teacher and size in evaluated["models"][teacher].get("copying", {}):
                 beside = f"; teacher {evaluated['models'][teacher]['copying'][size]['accuracy']:.0%}"
             yield f"{figures['accuracy']:.0%}", f"of a text of {size} tokens copied when it is said again{beside}"
-    if run.plan and run.plan.kv_bytes:
+    if run.plan and run.plan.state_bytes and run.plan.kv_bytes:
         _, softmax, held = next(row for row in memory_by_context(run.plan) if row[0] == LONG_CONTEXT)
         yield f"{softmax / held:.1f} ×", f"less memory than the KV cache of {LONG_CONTEXT} tokens"
     if medusa := run.metrics.get("medusa"):

@@ -11,35 +11,24 @@ from rich.console import Console
 from rich.table import Table
 
 from linearize.convert import sources
+from linearize.convert.attention_plan import BYTES, KINDS, linear, softmax
 from linearize.convert.blocks import decoder_blocks
 from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
 from linearize.convert.encoders import edges, embed, encoder_measures
-from linearize.convert.keep import head_budget, heads_by_layer, named_heads
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.convert.reporting import check_reporting
-from linearize.layers.attention import LinearAttention
 from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.seam import (
-    UnsupportedModelError,
-    attention_modules,
-    head_shapes,
-    install,
-    is_causal,
-    is_rotary,
-)
-from linearize.recipes.attention import KeepSection
+from linearize.layers.seam import UnsupportedModelError
 from linearize.recipes.schema import Recipe, ShardedTraining, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
 
 PLAN = "plan.json"
-CONTEXTS = (2048, 8192, 32768, 131072)
 # Characters of a source's first text that show whether it can be read.
 GLANCE = 1000
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -84,20 +73,6 @@ class Plan:
     disk: int
 
 
-def state_bytes(layer: LinearAttention, rotary: bool, item: int) -> int:
-    """Bytes of the linear heads' cache of one layer for one sequence; `item` is the size of a key's number."""
-    config = layer.config
-    # k and v, and k before its rotation where the feature map wants that.
-    rows = 3 if rotary and layer.features and config.rope == "before" else 2
-    recent = (config.ring_size + config.sinks) * rows * layer.head_dim * item
-    return layer.kv_heads * (recent + layer.features * (layer.head_dim + 1) * 4)
-
-
-def kept_bytes(layer: LinearAttention, item: int) -> int:
-    """Bytes by which the cache of one layer's kept heads grows with every token."""
-    return len(layer.kept) * 2 * layer.head_dim * item
-
-
 def make_plan(context: Context) -> Plan:
     """Check everything that can be checked without weights, and count.
 
@@ -119,35 +94,25 @@ def make_plan(context: Context) -> Plan:
 
 def _make_plan(recipe: Recipe) -> Plan:
     check_reporting(recipe.report_to)
-    source = sources.locate(recipe.model.source, recipe.model.revision)
-    config = sources.load_config(source)
-    is_encoder = recipe.model.head == "encoder"
-    kind = "an encoder" if is_encoder else "a causal language model"
-    try:
-        with torch.device("meta"):
-            model = sources.AUTO_CLASSES[recipe.model.head].from_config(config)
-    except ValueError as error:
-        raise ValueError(f"model.source: {type(config).__name__} is not the configuration of {kind}") from error
-    modules, shapes = attention_modules(model), head_shapes(model)
-    if is_encoder == all(map(is_causal, modules.values())):
-        other = "causal-lm" if is_encoder else "encoder"
-        looks = "sees only what is before a token" if is_encoder else "sees what is behind a token"
-        raise ValueError(f"model.head: {type(model).__name__} {looks}, so it is not {kind}; use head: {other}")
+    new = recipe.model.config is not None
+    tokenizer, source = None, None
+    if new:
+        tokenizer = sources.tokenizer_of(recipe.model)
+        config = sources.new_config(recipe.model, tokenizer)
+    else:
+        source = sources.locate(recipe.model.source, recipe.model.revision)
+        config = sources.load_config(source)
+    model = _empty_model(recipe, config)
     text = config.get_text_config(decoder=True)
-    heads, kv_heads, head_dim = next(iter(shapes.values()))
-    kept = _planned_heads(recipe.keep, {layer: kv_heads for layer, (_, kv_heads, _) in shapes.items()})
     parameters = sum(p.numel() for p in model.parameters())
-    try:
-        install(model, recipe.attention.config, kept)
-    except ValueError as error:
-        raise ValueError(f"attention.{error}") from error
-    if source.gguf is None and Path(source.path).is_dir():
+    attention = softmax(recipe, model) if recipe.attention is None else linear(recipe, model)
+    if source is not None and source.gguf is None and Path(source.path).is_dir():
         try:
             sources.check_weights(Path(source.path))
         except ValueError as error:
             raise ValueError(f"model.source: {error}") from error
 
-    tokenizer = sources.load_tokenizer(recipe.model)
+    tokenizer = tokenizer or sources.tokenizer_of(recipe.model)
     try:
         check_tokenizer(tokenizer, text.vocab_size)
     except ValueError as error:
@@ -173,31 +138,29 @@ def _make_plan(recipe: Recipe) -> Plan:
     stages = _plan_stages(recipe, model)
     item = BYTES[recipe.model.dtype]
     largest = max((stage.trained for stage in stages), default=0)
-    # The GGUF copy of stage load, the exported model, and what is trained, with two checkpoints of it and one that is
-    # being written.
-    copies = (1 if source.gguf else 0) + (1 if recipe.export else 0)
-    layers = model.linear_attentions()
-    held = sum(state_bytes(layer, is_rotary(modules[index]), item) for index, layer in layers.items())
-    # Encoders have no cache.
-    contexts = () if is_encoder else CONTEXTS
+    # The copy of stage load, the exported model, and what is trained, with two checkpoints of it and one that is being
+    # written.
+    copies = (1 if new or source.gguf else 0) + (1 if recipe.export else 0)
     return Plan(
-        model=recipe.model.source,
-        layers=len(modules),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        features=max(layer.features for layer in layers.values()),
+        model=recipe.model.source or f"new {config.model_type}",
         parameters=parameters,
         stages=stages,
-        kept_heads=sum(map(len, kept.values())),
-        kept_bytes=sum(kept_bytes(layer, item) for layer in layers.values()),
-        kept_tokens=recipe.attention.config.kept_tokens,
-        state_bytes=held,
-        kv_bytes={length: len(modules) * 2 * kv_heads * head_dim * item * length for length in contexts},
+        **attention,
         # fp32 gradient and two moments for what is trained.
         memory=parameters * item + largest * 12,
         disk=copies * parameters * item + sum(stage.trained for stage in stages) * 4 + 3 * largest * 12,
     )
+
+
+def _empty_model(recipe: Recipe, config):
+    """The model of a configuration, without memory for its weights."""
+    field = "model.source" if recipe.model.config is None else "model.config"
+    try:
+        with torch.device("meta"):
+            return sources.AUTO_CLASSES[recipe.model.head].from_config(config)
+    except ValueError as error:
+        kind = KINDS[recipe.model.head]
+        raise ValueError(f"{field}: {type(config).__name__} is not the configuration of {kind}") from error
 
 
 def _check_deepspeed(stage: str, section: ShardedTraining) -> None:
@@ -210,16 +173,6 @@ def _check_deepspeed(stage: str, section: ShardedTraining) -> None:
             )
     if getattr(section, "attention_lr", None) is not None and "optimizer" in configuration:
         raise ValueError(f"{stage}.attention_lr: the DeepSpeed configuration has an optimizer of its own; drop one")
-
-
-def _planned_heads(keep: KeepSection | None, kv_heads: dict[int, int]) -> dict[int, tuple[int, ...]]:
-    if keep is None:
-        return {}
-    if keep.kv_budget is None:
-        return named_heads(keep, kv_heads)
-    # Which heads is measured later; for what they cost, the first so many stand for them.
-    every = [(layer, head) for layer, count in kv_heads.items() for head in range(count)]
-    return heads_by_layer(every[: head_budget(keep, kv_heads)])
 
 
 def _plan_stages(recipe: Recipe, model) -> list[StagePlan]:
@@ -326,7 +279,8 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
             if recipe.model.head == "encoder":
                 encoder_measures(recipe.evaluate, stream, edges(tokenizer), position_limit(model), embed)
             else:
-                make_measures(recipe.evaluate, stream, tokenizer, recipe.attention.config, position_limit(model))
+                config = recipe.attention and recipe.attention.config
+                make_measures(recipe.evaluate, stream, tokenizer, config, position_limit(model))
         except ValueError as error:
             raise ValueError(f"evaluate.{error}") from error
 
@@ -399,8 +353,8 @@ def memory_by_context(plan: Plan) -> list[tuple[int, int, int]]:
 
 
 def show_memory(plan: Plan, console: Console) -> None:
-    """The linear cache, kept heads included, beside the KV cache that it replaces."""
-    if not plan.kv_bytes:
+    """The linear cache, kept heads included, beside the KV cache that it replaces, if it does."""
+    if not plan.kv_bytes or not plan.state_bytes:
         return
     table = Table()
     table.add_column("context")

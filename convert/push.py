@@ -16,9 +16,13 @@ def check(context: Context) -> None:
         StageError: no.
     """
     recipe = context.recipe
-    source = sources.locate(recipe.model.source, recipe.model.revision)
-    head = metadata(recipe, {"load": {"card": sources.base_card(source)}})
-    model = identity(sources.load_config(source).to_dict(), head.to_dict())
+    if recipe.model.config is not None:
+        card, config = {}, sources.new_config(recipe.model, sources.tokenizer_of(recipe.model))
+    else:
+        source = sources.locate(recipe.model.source, recipe.model.revision)
+        card, config = sources.base_card(source), sources.load_config(source)
+    head = metadata(recipe, {"load": {"card": card}})
+    model = identity(config.to_dict(), head.to_dict())
     try:
         look(recipe.push, model, f"---\n{head.to_yaml()}\n---\n")
     except PushError as error:

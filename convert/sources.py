@@ -1,29 +1,38 @@
 """Where models come from: a Hub id, a local directory, a GGUF file, or a file inside an installed package."""
 
+import difflib
 import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from linearize.recipes.schema import Head, ModelSection, package_file
+import linearize.layers.flash  # noqa: F401  (a family that transformers is to know)
+from linearize.recipes.model import Head, ModelSection, package_file
 
 # What loads a model by what it ends in.
-AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "encoder": AutoModel}
+AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
+
+# Embeddings of other sizes make for slow products on GPUs.
+VOCABULARY_MULTIPLE = 64
+MASK = "<mask>"
 
 CARD = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
@@ -69,6 +78,55 @@ def load_config(source: Source):
         return AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.arguments)
     except READ_ERRORS as error:
         raise ValueError(f"model.source: cannot use {source.path}: {first_line(error)}") from error
+
+
+def new_config(model: ModelSection, tokenizer) -> PreTrainedConfig:
+    """The configuration `model.config`, the tokenizer's vocabulary and special tokens in it where it names none.
+
+    Raises:
+        ValueError: transformers does not know the family, a field, or its value.
+    """
+    given = dict(model.config)
+    family = given.pop("model_type")
+    try:
+        default = AutoConfig.for_model(family)
+    except ValueError as error:
+        raise ValueError(f"model.config: transformers knows no model_type {family}") from error
+    known = {*default.to_dict(), *type(default).attribute_map}
+    if "transformers_version" not in given:
+        # Written by hand: what is saved by transformers may have fields of older versions.
+        for name in given.keys() - known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise ValueError(f"model.config.{name}: {family} has no such field{hint}")
+    size = max(tokenizer.get_vocab().values()) + 1
+    filled = {"vocab_size": -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        filled[name] = getattr(tokenizer, name)
+    try:
+        return AutoConfig.for_model(family, **{name: filled[name] for name in filled if name in known} | given)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ValueError(f"model.config: {first_line(error)}") from error
+
+
+def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedModel:
+    """A model with random weights, in fp32."""
+    torch.manual_seed(seed)
+    return AUTO_CLASSES[head].from_config(config, dtype=torch.float32).eval()
+
+
+def tokenizer_of(model: ModelSection):
+    """`load_tokenizer`, with a token that masks others if the model is to predict such: a new one, where it is new.
+
+    Raises:
+        ValueError: as `load_tokenizer`, or a model with weights has no such token.
+    """
+    tokenizer = load_tokenizer(model)
+    if model.head == "masked-lm" and tokenizer.mask_token is None:
+        if model.config is None:
+            raise ValueError("model.head: the model's tokenizer has no token that masks others; use head: causal-lm")
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer
 
 
 def load_tokenizer(model: ModelSection):
@@ -130,6 +188,9 @@ def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) 
         source.path, dtype=dtype, output_loading_info=True, **source.arguments, **placing
     )
     missing = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if head == "encoder" and missing and all(key.startswith("pooler.") for key in missing):
+        # What was trained on masked tokens has none, and hidden states do without.
+        model.pooler, missing = None, []
     if missing:
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:

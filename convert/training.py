@@ -213,7 +213,8 @@ def train(
         )
     with problems_named("data.train", context.recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]
-        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer)
+        masked = context.recipe.model.head == "masked-lm"
+        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer, masked)
     trained = model
     if objective.is_local:
         # The rest of the model is no business of Trainer's, which would move and wrap it.

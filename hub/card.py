@@ -43,14 +43,13 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         converted=converted(evaluated) if evaluated else None,
         data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
         is_encoder=recipe.model.head == "encoder",
+        is_masked=recipe.model.head == "masked-lm",
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
-        memory=(
-            "time and memory are linear in length."
-            if recipe.model.head == "encoder"
-            else _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
-        ),
+        linear=recipe.attention is not None,
+        memory=_cost(recipe, metrics),
         name=recipe.name,
+        new=recipe.model.config,
         plots={name: describe(figure) for name, figure in (figures or {}).items()},
         recipe=recipe,
         reference=reference(evaluated) if evaluated else None,
@@ -81,9 +80,12 @@ def imported_card(
         base_name=Path(base).name,
         checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
         is_encoder=False,
+        is_masked=False,
+        linear=True,
         medusa=None,
         memory=_memory(published.kept, published.config.kept_window),
         name=name,
+        new=None,
         paper=PAPERS[published.format],
         published=published,
         ranks=sorted({len(A) for A, _ in published.adapters.values()}),
@@ -104,6 +106,15 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(hub=HUB, version=__version__, **values)
 
 
+def _cost(recipe: Recipe, metrics: dict) -> str:
+    """What linear attention takes; nothing of a model that has none."""
+    if recipe.attention is None:
+        return ""
+    if recipe.model.head == "encoder":
+        return "time and memory are linear in length."
+    return _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
+
+
 def _memory(kept_heads: dict, kept_window: int | None) -> str:
     kept = {layer: heads for layer, heads in kept_heads.items() if heads}
     if not kept:
@@ -121,7 +132,29 @@ def _memory(kept_heads: dict, kept_window: int | None) -> str:
 
 
 def _limits(recipe: Recipe, metrics: dict) -> Iterator[str]:
-    config, evaluated = recipe.attention.config, metrics.get("evaluate")
+    evaluated = metrics.get("evaluate")
+    if recipe.attention is not None:
+        yield _forgotten(recipe, evaluated)
+    trained = [section.longest for stage in TRAINING[:2] if (section := getattr(recipe, stage)) is not None]
+    known = f"It was trained on sequences of up to {max(trained)} tokens" if trained else "It was not trained"
+    measured = f"measured in windows of up to {max(map(int, evaluated['tokens']))}" if evaluated else "not measured"
+    yield f"{known}, and {measured}; what it does with longer ones is unknown."
+    saved = (recipe.export and recipe.export.dtype) or recipe.model.dtype
+    masters = ""
+    if saved != "float32" and recipe.attention is not None:
+        masters = ", those of the attention layers in float32, which they stay when loaded"
+    done = "measured" if evaluated else "made"
+    yield f"Its weights are saved in {saved}{masters}; it was {done} in {recipe.model.dtype}."
+    if recipe.attention is not None:
+        yield "It runs code from its directory (`trust_remote_code`); read it, or pin a revision that you have read."
+    if recipe.model.config is None:
+        yield "What its base model says wrongly or harmfully, it says, too: the conversion does nothing about that."
+    else:
+        yield "It knows what the training data below say, however wrong or harmful, and nothing else."
+
+
+def _forgotten(recipe: Recipe, evaluated: dict | None) -> str:
+    config = recipe.attention.config
     beyond = f"What lies beyond its window of {config.window_size} tokens" if config.window else "What it has read"
     held = "is held in a state of fixed size, and much of it is not remembered word for word"
     if not config.has_far:
@@ -130,19 +163,8 @@ def _limits(recipe: Recipe, metrics: dict) -> Iterator[str]:
         held = f"is weighed by {config.far} attention"
     kept = " (by heads that do not stay softmax)" if recipe.keep else ""
     if recipe.model.head == "encoder":
-        yield f"{beyond}, on either side of a token, {held.partition(',')[0]}{kept}."
-    else:
-        yield f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
-    trained = [section.longest for stage in TRAINING[:2] if (section := getattr(recipe, stage)) is not None]
-    known = f"It was trained on sequences of up to {max(trained)} tokens" if trained else "It was not trained"
-    measured = f"measured in windows of up to {max(map(int, evaluated['tokens']))}" if evaluated else "not measured"
-    yield f"{known}, and {measured}; what it does with longer ones is unknown."
-    saved = (recipe.export and recipe.export.dtype) or recipe.model.dtype
-    masters = "" if saved == "float32" else ", those of the attention layers in float32, which they stay when loaded"
-    done = "measured" if evaluated else "made"
-    yield f"Its weights are saved in {saved}{masters}; it was {done} in {recipe.model.dtype}."
-    yield "It runs code from its directory (`trust_remote_code`); read it, or pin a revision that you have read."
-    yield "What its base model says wrongly or harmfully, it says, too: the conversion does nothing about that."
+        return f"{beyond}, on either side of a token, {held.partition(',')[0]}{kept}."
+    return f"{beyond} {held}{kept}{_recalled(evaluated) if evaluated else '; how much is lost was not measured'}."
 
 
 def _recalled(evaluated: dict) -> str:

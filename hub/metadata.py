@@ -5,6 +5,7 @@ Spec: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -13,17 +14,20 @@ from linearize.hub.measured import converted
 from linearize.recipes.schema import FILE_SUFFIXES, DataSource, Recipe
 
 HUB = "https://huggingface.co"
+LINEAR = "linear-attention"
 # What the Hub takes as `license`, as its answer to another one lists it (2026); all else is `other`, by its name.
 LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8").split())
 
 
 # The Hub's names for what models are for.
-TASKS = {"causal-lm": "text-generation", "encoder": "feature-extraction"}
+TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "encoder": "feature-extraction"}
 
 
 def base_model(recipe: Recipe) -> str | None:
     """Hub id of the model that was converted, where it has one."""
     source = recipe.model.source
+    if source is None:
+        return None
     local = source.startswith("package:") or source.endswith(".gguf") or Path(source).expanduser().exists()
     return recipe.model.base_model or (None if local else source)
 
@@ -90,7 +94,7 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
     own = {"license": recipe.model.license, "license_link": recipe.model.license_link}
     datasets = list(dict.fromkeys(filter(None, map(hub_dataset, recipe.data.train))))
     measured = perplexities(recipe, metrics["evaluate"]) if "evaluate" in metrics else []
-    licensed, tags = own if recipe.model.license else base_card, ["medusa"] if recipe.medusa else []
+    licensed, tags = own if recipe.model.license else base_card, list(_tags(recipe))
     return ModelCardData(
         datasets=datasets or None,
         eval_results=measured or None,
@@ -102,7 +106,14 @@ def metadata(recipe: Recipe, metrics: dict) -> ModelCardData:
 
 def imported_metadata(base: str | None, base_card: dict) -> ModelCardData:
     """The head of the card of a model that others trained from `base`, a Hub id."""
-    return ModelCardData(**_of_all(base, base_card, base_card, []))
+    return ModelCardData(**_of_all(base, base_card, base_card, [LINEAR]))
+
+
+def _tags(recipe: Recipe) -> Iterator[str]:
+    if recipe.attention is not None:
+        yield LINEAR
+    if recipe.medusa is not None:
+        yield "medusa"
 
 
 def _of_all(
@@ -115,6 +126,6 @@ def _of_all(
         "language": base_card.get("language"),
         "library_name": "transformers",
         "pipeline_tag": task,
-        "tags": ["linearize", "linear-attention", *tags],
+        "tags": ["linearize", *tags],
         **license_fields(licensed, base),
     }

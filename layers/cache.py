@@ -223,6 +223,11 @@ class LinearCacheLayer(CacheLayerMixin):
         self.memory.crop(length)
         self.seen -= remove
 
+    def latest(self, name: str) -> Tensor:
+        """[B, H_kv, 1, ..] of the latest token, anything in rows that have none."""
+        slots = self.ring[name].shape[2]
+        return _pick(self.ring[name], ((self.length - 1) % slots)[:, None])
+
     def get_seq_length(self) -> int:
         return self.seen
 

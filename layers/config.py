@@ -24,8 +24,10 @@ class LinearAttentionConfig:
         sink_distance: queries further on than this see the sinks as if from this position (StreamingLLM's positions
             within the cache), so no rotation is ever larger than trained ones; needs documents that start at
             position 0. None: from their true position.
-        local: the weights of near keys: `softmax`, or `relu2`, the squared relu of the cosine of q and k, neither
-            scaled nor divided by their sum (Linearized-LLM's code); it goes with `combine: sum`.
+        local: the weights of near keys: `softmax`; `relu2`, the squared relu of the cosine of q and k, not scaled
+            (Linearized-LLM's code for LLaMA, GPT-2 and T5); or `laplace`, the Laplace function of the scaled scores
+            (its code for FLASH; arXiv 2209.10655). Nothing divides the latter two by their sum, so they go with
+            `combine: sum`.
         feature_map: phi of the far branch, or None for no such branch.
         far: by what far keys are weighed: `features`, phi(q).phi(k), of which a state of constant size remembers the
             sums; or, without a feature map and without a cache, `yoso`, (1 - arccos(cos(q, k)) / pi)^8 of each pair
@@ -61,7 +63,7 @@ class LinearAttentionConfig:
     window_size: int = 64
     sinks: int = 4
     sink_distance: int | None = None
-    local: Literal["softmax", "relu2"] = "softmax"
+    local: Literal["softmax", "relu2", "laplace"] = "softmax"
     feature_map: FeatureMapName | None = "hedgehog"
     far: Literal["features", "yoso", "linformer"] = "features"
     key_maps: Literal["key_head", "query_head"] = "key_head"
@@ -108,8 +110,8 @@ class LinearAttentionConfig:
                 "state: the far mass of the delta rule may be 0, so it cannot be the denominator alone; "
                 "use combine: shared with a window, or combine: sum with norm: none or rms"
             )
-        if self.local == "relu2" and self.combine == "shared":
-            raise ValueError("local: relu2 has no denominator that far keys could share; use combine: sum")
+        if self.local != "softmax" and self.combine == "shared":
+            raise ValueError(f"local: {self.local} has no denominator that far keys could share; use combine: sum")
         if self.window is not None and self.sinks > self.window_size:
             raise ValueError(f"sinks: {self.sinks} sinks do not fit a window of {self.window_size}; use fewer sinks")
 
@@ -154,6 +156,12 @@ PRESETS: dict[str, LinearAttentionConfig] = {
     # What its code does: cosines all through, and no denominators.
     "augmented-relu2": LinearAttentionConfig(
         window="block", sinks=0, local="relu2", feature_map="l2", rope="after", combine="sum", norm="none"
+    ),
+    # Mixed chunk attention of a FLASH model (arXiv 2202.10447) with Linearized-LLM's convolution. Its linear branch is
+    # a mean over far keys, where the published sum over G grows with the text.
+    "flash": LinearAttentionConfig(
+        window="block", window_size=256, sinks=0, local="laplace", feature_map="identity", rope="after", combine="sum",
+        far_start=1.0, norm="count",
     ),
     # LoLCATs (arXiv 2410.10254): window of the own and the previous 64-token block, gate, no convolution.
     "lolcats": LinearAttentionConfig(

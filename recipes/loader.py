@@ -110,13 +110,14 @@ def dump_recipe(recipe: Recipe, public: bool = False) -> str:
     Args:
         public: others will read it, so what is on this machine is told by its name, without its place.
     """
-    preset = PRESETS[recipe.attention.preset].to_dict()
-    attention = recipe.attention.config.to_dict()
     data = recipe.model_dump()
-    data["attention"] = {
-        "preset": recipe.attention.preset,
-        **{name: value for name, value in attention.items() if value != preset[name]},
-    }
+    if recipe.attention is not None:
+        preset = PRESETS[recipe.attention.preset].to_dict()
+        attention = recipe.attention.config.to_dict()
+        data["attention"] = {
+            "preset": recipe.attention.preset,
+            **{name: value for name, value in attention.items() if value != preset[name]},
+        }
     if public:
         data = without_places(data) | {"output": f"runs/{recipe.name}"}
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -1,23 +1,21 @@
 """What a recipe may say: typed sections that check everything that can be checked offline, without torch."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from linearize.recipes.attention import AttentionSection, KeepSection
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
+from linearize.recipes.model import Dtype, ModelSection
 from linearize.recipes.training import Training, TransferSection
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
 FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
 OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
 
-Dtype = Literal["float32", "bfloat16"]
-Head = Literal["causal-lm", "encoder"]
 # The configurations that come with the package.
 DEEPSPEED = Path(__file__).parent / "deepspeed"
 
@@ -26,65 +24,6 @@ def deepspeed_file(name: str) -> Path:
     """The JSON file of a shipped DeepSpeed configuration, or what `name` is the path of."""
     shipped = DEEPSPEED / f"{name}.json"
     return shipped if shipped.is_file() else Path(name).expanduser()
-
-
-def package_file(source: str) -> Path:
-    """Path of the file or directory that `package:<import_name>/<file>` names; the package itself is not imported.
-
-    Raises:
-        ValueError: the package is not installed, or does not hold the file.
-    """
-    package, _, file = source.removeprefix("package:").partition("/")
-    if not package.isidentifier() or not file:
-        raise ValueError(f"{source!r} is not of the form package:<import_name>/<file>")
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ValueError(f"package {package} is not installed; try pip install {package}")
-    for folder in spec.submodule_search_locations or []:
-        if (Path(folder) / file).exists():
-            return Path(folder) / file
-    raise ValueError(f"package {package} is installed but holds no file {file}")
-
-
-def _check_model_source(source: str) -> str:
-    if source.startswith("package:"):
-        package_file(source)
-    elif source.endswith(".gguf"):
-        if not Path(source).expanduser().is_file():
-            raise ValueError(f"no such file: {source}")
-    elif (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).expanduser().is_dir():
-        # A Hub id has one slash at most and starts with a letter or digit.
-        raise ValueError(f"no such directory: {source}")
-    return source
-
-
-ModelSource = Annotated[Text, AfterValidator(_check_model_source)]
-
-
-class ModelSection(Section):
-    """Where the model comes from.
-
-    Attributes:
-        source: Hub id, local directory, `*.gguf` file, or `package:<import_name>/<either of these>`.
-        revision: branch, tag or commit on the Hub.
-        head: what the model ends in: `causal-lm`, the next token's logits, or `encoder`, the hidden states of all
-            tokens, each of which has seen the whole text.
-        dtype: of the weights in memory.
-        tokenizer: a model source to take the tokenizer from; None takes the model's own.
-        license: for the model card, e.g. `apache-2.0`, or the name of one that the Hub does not know; None takes it
-            from the model's own card.
-        license_link: where one is to be read that the Hub does not know.
-        base_model: Hub id that the card names where `source` is a file.
-    """
-
-    source: ModelSource
-    revision: Text | None = None
-    head: Head = "causal-lm"
-    dtype: Dtype = "float32"
-    tokenizer: ModelSource | None = None
-    license: Text | None = None
-    license_link: Text | None = None
-    base_model: Text | None = None
 
 
 class DataSource(Section):
@@ -165,7 +104,7 @@ class FinetuneSection(ShardedTraining):
         alpha: scale of the adapters, as in LoRA.
         targets: names of the linear modules that get an adapter.
         train_attention: also train what the linear attention layers added.
-        next_token: weight of the next-token cross-entropy; an encoder has none.
+        next_token: weight of the cross-entropy of next tokens, or of masked ones; an encoder has none.
         distill: weight of the KL divergence from the same model in softmax mode; of an encoder, of the squared error of
             its hidden states relative to those in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
@@ -320,6 +259,8 @@ class Recipe(Section):
         name: of the converted model.
         output: directory for the stages' results. Relative paths are relative to the working directory.
         seed: of every random number generator.
+        attention: what replaces softmax attention; null: the model stays as it is, and what is trained and exported is
+            an ordinary checkpoint.
         report_to: what shows losses and learning rates while a stage trains: `trackio`, `tensorboard`, `wandb` or
             another of transformers' integrations. No result depends on it.
     """
@@ -329,7 +270,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     report_to: Annotated[list[Text], Listed] = []
     model: ModelSection
-    attention: AttentionSection = AttentionSection()
+    attention: AttentionSection | None = AttentionSection()
     keep: Annotated[KeepSection | None, Field(validate_default=True)] = None
     data: DataSection
     transfer: TransferSection | None = None
@@ -339,13 +280,52 @@ class Recipe(Section):
     export: ExportSection | None = None
     push: PushSection | None = None
 
+    @field_validator("attention")
+    @classmethod
+    def _stays_softmax(cls, attention: AttentionSection | None, info: ValidationInfo) -> AttentionSection | None:
+        model = info.data.get("model")
+        if attention is not None and model is not None and model.head == "masked-lm":
+            raise ValueError("model.head: masked-lm is of softmax models; set attention: null, or head: encoder")
+        if attention is None and model is not None and model.head == "encoder":
+            raise ValueError("null leaves an encoder nothing to learn; use another attention, or model.head: masked-lm")
+        return attention
+
     @field_validator("keep")
     @classmethod
     def _kept_window_is_of_kept_heads(cls, keep: KeepSection | None, info: ValidationInfo) -> KeepSection | None:
         attention = info.data.get("attention")
         if keep is None and attention is not None and attention.kept_window is not None:
             raise ValueError("attention.kept_window is for heads that are kept; say which, or set it to null")
+        if keep is not None and attention is None and "attention" in info.data:
+            raise ValueError("attention: null keeps all heads softmax; leave keep out")
         return keep
+
+    @field_validator("transfer", "medusa")
+    @classmethod
+    def _needs_linear_attention(cls, section: Training | None, info: ValidationInfo) -> Training | None:
+        if section is not None and info.data.get("attention", section) is None:
+            raise ValueError("attention: null leaves no linear attention, which this stage is for; leave it out")
+        return section
+
+    @field_validator("transfer")
+    @classmethod
+    def _has_a_teacher(cls, transfer: TransferSection | None, info: ValidationInfo) -> TransferSection | None:
+        model = info.data.get("model")
+        if transfer is not None and model is not None and model.config is not None:
+            raise ValueError("a model without weights teaches nothing; leave transfer out, finetune trains it")
+        return transfer
+
+    @field_validator("finetune")
+    @classmethod
+    def _trains_what_is_there(cls, finetune: FinetuneSection | None, info: ValidationInfo) -> FinetuneSection | None:
+        model, attention = info.data.get("model"), info.data.get("attention", finetune)
+        if finetune is None:
+            return finetune
+        if model is not None and model.config is not None and finetune.method == "lora":
+            raise ValueError("method: adapters of random weights learn little; use method: full")
+        if attention is None and finetune.chunk is not None:
+            raise ValueError("chunk: softmax attention has no cache of constant size to carry on; use chunk: null")
+        return finetune
 
     @field_validator("transfer", "finetune", "medusa")
     @classmethod
@@ -356,6 +336,19 @@ class Recipe(Section):
                 f"position_offset: {section.position_offset} moves the sinks, whose place sink_distance relies on; "
                 "set attention.sink_distance: null"
             )
+        return section
+
+    @field_validator("finetune", "evaluate")
+    @classmethod
+    def _is_for_masked_tokens(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+        model = info.data.get("model")
+        if section is None or model is None or model.head != "masked-lm":
+            return section
+        if info.field_name == "evaluate":
+            raise ValueError("its measures are of next tokens, and the model predicts masked ones; leave it out")
+        for name in ("recall", "facts", "position_offset", "distill"):
+            if getattr(section, name):
+                raise ValueError(f"{name}: is for models that predict next tokens; leave it out")
         return section
 
     @field_validator("keep", "transfer", "finetune", "medusa", "evaluate")
@@ -448,6 +441,8 @@ class Recipe(Section):
     @field_validator("evaluate")
     @classmethod
     def _tunable_teacher(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
+        if evaluate is not None and evaluate.tuned_teacher and info.data.get("attention", evaluate) is None:
+            raise ValueError("tuned_teacher: with attention: null the model is that itself; leave it out")
         if evaluate is not None and evaluate.tuned_teacher and "finetune" in info.data:
             finetune = info.data["finetune"]
             if finetune is None:
@@ -461,4 +456,6 @@ class Recipe(Section):
     def _exported_before(cls, push: PushSection | None, info: ValidationInfo) -> PushSection | None:
         if push is not None and info.data.get("export", push) is None:
             raise ValueError("only an exported model can be pushed; add the section export, which may be {}")
+        if push is not None and info.data.get("attention", push) is None:
+            raise ValueError("linear models are pushed; leave push out and upload the exported directory by hf upload")
         return push

@@ -113,7 +113,10 @@ class Reader:
     def make_small(self, recipe: str) -> None:
         content = yaml.safe_load((self.directory / recipe).read_text("utf-8"))
         for section, small in SMALL.items():
-            content[section] = content[section] | small
+            if content.get(section):
+                content[section] |= small
+        if content["model"].get("config"):
+            content["model"]["tokenizer"] = "meta-llama/Llama-3.2-1B"
         (self.directory / recipe).write_text(yaml.safe_dump(content), "utf-8")
 
     def put(self, part: str) -> None:

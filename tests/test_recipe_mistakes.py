@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from linearize.recipes.loader import RecipeError, load_recipe, shipped_recipes
-from linearize.recipes.schema import package_file
+from linearize.recipes.model import package_file
 
 
 def problems(recipe: str, *overrides: str) -> list[str]:
@@ -30,7 +30,7 @@ def problems(recipe: str, *overrides: str) -> list[str]:
         (
             "attention: {preset: augmentd}\n",
             "7: attention.preset: no preset 'augmentd', did you mean augmented?; there are augmented, augmented-icml, "
-            "augmented-relu2, lolcats, hedgehog, t2r, swa, augmented-encoder, and, also with +conv, +group, "
+            "augmented-relu2, flash, lolcats, hedgehog, t2r, swa, augmented-encoder, and, also with +conv, +group, "
             "+conv+group, flash-local, flash-global, linformer, performer, transnormer, yoso, relu, rfa",
         ),
         (

@@ -6,6 +6,7 @@
     shared:  o = (g sum a v + lam sum b v) / (g sum a + lam sum b) + c
     sum:     o = g sum a v / sum a + lam sum b v / norm + c
     relu2:   o = g sum a v + lam sum b v / norm + c   with a_ij = relu(cos(q_i, k_j))^2
+    laplace: the same                                 with a_ij = Laplace(scale q_i.k_j)
 
 Where a layer looks both ways, all keys of a document are visible, and c_i sums over -K < l < K.
 
@@ -18,12 +19,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from ..config import LinearAttentionConfig
 from ..tokens import near
 from .memory import fade
 
 EPS = 1e-6
+# Weights of near keys by their scores, which no sum of weights divides.
+UNNORMALISED = {"relu2": ACT2FN["relu2"], "laplace": ACT2FN["laplace"]}
 
 
 @dataclass
@@ -146,8 +150,8 @@ def attend(
     if blocks is not None:
         far_scores = contract(q * scale, blocks.k.to(dtype).mT).masked_fill(~blocks.visible[:, None], -torch.inf)
         far_m = far_scores.amax(-1, keepdim=True).clamp(min=lowest)
-    if config.local == "relu2":
-        a = scores.relu().square()
+    if config.local in UNNORMALISED:
+        a = UNNORMALISED[config.local](scores)
         a_sum = torch.ones_like(a[..., :1])
     else:
         m = scores.amax(-1, keepdim=True).clamp(min=lowest)
