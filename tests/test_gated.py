@@ -15,6 +15,7 @@ from linearize.layers.feature_maps import FEATURE_MAPS
 from linearize.layers.kernels import State
 from linearize.layers.kernels.fused import gated
 from linearize.layers.kernels.fused import segments as cut
+from linearize.layers.kernels.fused.shape import fits_learned
 from linearize.layers.tokens import PADDING, Tokens, whole_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -303,7 +304,7 @@ def test_the_state_after_first_tokens(name, chunks, length, in_segments, maps_in
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (8, 1)])
 def test_sizes(heads, kv_heads, dim, dtype):
-    if dtype == torch.float32 and dim > 64:
+    if dtype == torch.float32 and dim > 64 or not fits_learned(dim):
         pytest.skip("refused: it does not fit")
     check(CONFIGS["augmented"], heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype, batch=2, length=391)
 
@@ -321,4 +322,12 @@ def test_what_it_refuses_is_named(change, reason):
     layer, inputs = make(replace(AUGMENTED, **change), length=3)
     layer.backend = "fused"
     with pytest.raises(ValueError, match=reason):
+        run(layer, inputs)
+
+
+def test_what_does_not_fit_shared_memory_is_left_to_others():
+    """In bfloat16; compiled for a GPU, it asks for more than it has."""
+    layer, inputs = make(AUGMENTED, dim=80, dtype=torch.bfloat16, length=3)
+    layer.backend = "fused"
+    with pytest.raises(ValueError, match="fits shared memory"):
         run(layer, inputs)

@@ -16,7 +16,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..chunked import chunk_size
 from .additive_backward import backward_keys, backward_queries
 from .additive_forward import forward, scan
-from .shape import DTYPES, INDEPENDENT_PROGRAMS, PROGRAMS, Shape, refused, results, room, rows_last, strides
+from .shape import (
+    DTYPES,
+    INDEPENDENT_PROGRAMS,
+    PROGRAMS,
+    Shape,
+    fits_learned,
+    refused,
+    results,
+    room,
+    rows_last,
+    strides,
+)
 
 MAPS = ("elu1", "hedgehog", "t2r")
 LAUNCH = {
@@ -48,6 +59,9 @@ def refuses(problem) -> str | None:
     largest = 64 if v.dtype == torch.float32 else 256
     if max(k.shape[-1], v.shape[-1], problem.k_features.map.dim) > largest:
         return f"heads or features are larger than {largest}, which is what fits shared memory in {v.dtype}"
+    if config.feature_map != "elu1" and not all(fits_learned(x.shape[-1]) for x in (k, v)):
+        # On an H100, 240 KiB are asked for of 227.
+        return "heads are neither of up to 64 nor of 128, which is what fits shared memory beside learned maps"
     return None
 
 

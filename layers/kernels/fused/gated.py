@@ -19,7 +19,7 @@ from .gated_attend import SINK_ROWS, forward
 from .gated_backward import backward_conv, backward_far, backward_keys, backward_queries, backward_states
 from .gated_state import prepare, prepare_back, walk, walk_back
 from .segments import Given, Segment, segments_of
-from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, refused, results, room, rows_last, strides
+from .shape import DTYPES, INDEPENDENT_PROGRAMS, Shape, fits_learned, refused, results, room, rows_last, strides
 
 LAUNCH = {
     "prepare": dict(num_warps=4, num_stages=1),
@@ -54,6 +54,8 @@ def refuses(problem) -> str | None:
         return f"heads are larger than {largest}, or features than twice that, which is what fits in {v.dtype}"
     if k.shape[-1] % 16 or v.shape[-1] % 16:
         return "heads are not multiples of 16"
+    if not all(fits_learned(x.shape[-1]) for x in (k, v)):
+        return "heads are neither of up to 64 nor of 128, which is what fits shared memory beside learned maps"
     return None
 
 

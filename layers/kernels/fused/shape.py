@@ -93,6 +93,12 @@ def refused(problem) -> str | None:
     return None
 
 
+def fits_learned(size: int) -> bool:
+    """Whether heads of this size leave room in shared memory for a learned map: between 64 and 128 they are padded, and
+    their values cannot be done in halves."""
+    return size <= 64 or size == 128
+
+
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of batch, head and token."""
     return tuple(stride for x in tensors for stride in x.stride()[:3])
