@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 import yaml
 from huggingface_hub import constants
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,6 +36,10 @@ from linearize.recipes.schema import BUILTIN_DATA
 
 from .hub_server import Hub
 from .ranks import Ranks
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 MINIMAL_RECIPE = """\
 output: runs/test
