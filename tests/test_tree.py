@@ -110,7 +110,8 @@ def test_chains_from_nothing(name, size, without_gradients):
     other, wanted = LinearCacheLayer(config), LinearCacheLayer(config)
     layer(**x, scale=0.3, cache=other)
     step.remember(layer, other)
-    model = SimpleNamespace(config=LlamaConfig(num_hidden_layers=1), linear_attentions=lambda: {0: layer})
+    config = LlamaConfig(num_hidden_layers=1)
+    model = SimpleNamespace(is_encoder=False, config=config, linear_attentions=lambda: {0: layer})
     begun, known = LinearCache(model), LinearCache(model)
     known.layers = [other]
     begun.take(known)
