@@ -149,7 +149,7 @@ def tasks(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="The softmax model, likewise, to be measured beside.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task, of each part of it, at most.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; as many as fit, on a CPU 8.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Requests at once; as many as fit, on a CPU few.")] = None,
     out: Annotated[Path, typer.Option(help="Results, which are added to and not measured again.")] = Path("tasks.json"),
     dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
     trust_remote_code: Trust = False,
@@ -168,7 +168,7 @@ def tasks(
     models = {} if teacher is None else {downstream.TEACHER: find(teacher, linear=False)}
     models[downstream.CONVERTED] = find(model, trust_remote_code)
     names = list(dict.fromkeys(filter(None, map(str.strip, tasks.split(",")))))
-    settings = {name: str(found.path.resolve()) for name, found in models.items()}
+    settings = {name: downstream.identity(found.path) for name, found in models.items()}
     settings |= {"data": None if data is None else str(data.expanduser().resolve()), "limit": limit, "dtype": dtype}
     results = downstream.run(
         {name: partial(found.load, dtype) for name, found in models.items()}, names,

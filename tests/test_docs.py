@@ -5,6 +5,7 @@ into it. Of commands that install or set up, what they name is looked up.
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -34,6 +35,10 @@ SMALL = {
     "transfer": TRAINING,
     "finetune": TRAINING,
     "evaluate": {"tokens": 256, "lengths": [64], "passkey": [], "recall": [], "copying": {"texts": 2, "length": 32}},
+}
+TASKS = {
+    "piqa": {"query": "the river", "choices": ["was", "of the"], "gold": 0},
+    "winogrande": {"context_options": ["the man", "the house"], "continuation": "was in it", "gold": 1},
 }
 # Where a page's variables are for its reader to set.
 VARIABLES = {"$NODES": "1", "$HEAD": "localhost"}
@@ -72,6 +77,9 @@ class Reader:
         (directory / "runs" / "demo").symlink_to(finished)
         (directory / "notes.txt").write_text("What is written here is about rivers .\n" * 9, "utf-8")
         (directory / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "Which ?"}]}\n', "utf-8")
+        (directory / "tasks").mkdir()
+        for name, row in TASKS.items():
+            (directory / "tasks" / f"{name}.jsonl").write_text(json.dumps(row), "utf-8")
         self.type("linearize recipes lora > mine.yaml")
 
     def type(self, line: str) -> None:

@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
+from lm_eval import tasks as registry
 from lm_eval.models.huggingface import HFLM
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -14,7 +18,7 @@ from transformers import AutoTokenizer
 from linearize.convert import tasks as downstream
 from linearize.convert.context import StageError
 
-from .exports import load
+from .exports import export_tiny, load
 from .test_lm_eval import score
 
 CHOICES = [
@@ -54,7 +58,7 @@ def data(tmp_path) -> Path:
 
 
 def measure(exported, names, data, out, who=downstream.CONVERTED, **options):
-    loaded = {who: lambda: (load(exported), AutoTokenizer.from_pretrained(exported))}
+    loaded = {who: lambda: (load(exported), AutoTokenizer.from_pretrained(exported, trust_remote_code=True))}
     given = {"limit": None, "batch": 2, "settings": SETTINGS, "console": Console(quiet=True)} | options
     return downstream.run(loaded, names, data, out=out, **given)
 
@@ -62,7 +66,7 @@ def measure(exported, names, data, out, who=downstream.CONVERTED, **options):
 def prompts(names, data) -> dict[str, list]:
     """Part -> the arguments of lm-eval's requests."""
     found = {}
-    for tasks, _ in downstream.prepare(names, data)[0].values():
+    for tasks in downstream.prepare(names, data)[0].values():
         for task in tasks:
             task.build_all_requests()
             found[task.config.task] = [instance.args for instance in task.instances]
@@ -84,6 +88,64 @@ def test_prompts_are_the_published_ones(data):
     assert context.count("\nA:") == 4 and context.endswith("Q: not True is\nA:") and "Q" in arguments["until"]
 
 
+# lm-eval's task -> its folder there, a row of a file, and the same as the Hub's data set has it.
+PUBLISHED = {
+    "copa": (
+        "super_glue/copa",
+        {"query": "The man slept, therefore", "choices": ["he woke.", "it rained."], "gold": 1},
+        {"premise": "The man slept.", "question": "effect", "choice1": "He woke.", "choice2": "It rained.", "label": 1},
+    ),
+    "piqa": (
+        "piqa",
+        {"query": "Question: How to sleep?\n", "choices": ["Lie down.", "Run."], "gold": 0},
+        {"goal": "How to sleep?", "sol1": "Lie down.", "sol2": "Run.", "label": 0},
+    ),
+    "openbookqa": (
+        "openbookqa",
+        {"query": "Predators eat", "choices": ["lions", "bunnies", "grass"], "gold": 1},
+        {"question_stem": "Predators eat", "answerKey": "B",
+         "choices": {"text": ["lions", "bunnies", "grass"], "label": ["A", "B", "C"]}},
+    ),
+    "arc_challenge": (
+        "arc",
+        {"query": "Question: What is wet?", "choices": ["Sand", "Water"], "gold": 1},
+        {"question": "What is wet?", "answerKey": "B", "choices": {"text": ["Sand", "Water"], "label": ["A", "B"]}},
+    ),
+    "winogrande": (
+        "winogrande",
+        {"context_options": ["Ann saw Eve so Ann", "Ann saw Eve so Eve"], "continuation": "hid.", "gold": 1},
+        {"sentence": "Ann saw Eve so _ hid.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_ask_and_measure_what_lm_eval_does(name, tmp_path):
+    """By its own configuration, of the same row as the Hub has it."""
+    folder, ours, hubs = PUBLISHED[name]
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(ours))
+    (task,) = downstream.prepare([name], tmp_path)[0][name]
+    manager = registry.TaskManager(include_path=Path(registry.__file__).parent / folder, include_defaults=False)
+    splits = dict.fromkeys(("validation", "test"), Dataset.from_list([hubs]))
+    given = {"task": name, "custom_dataset": lambda **_: splits, "training_split": None, "num_fewshot": 0}
+    own = manager.load([{"group": "published", "task": [given]}])["tasks"][name]
+    for asked in (task, own):
+        asked.build_all_requests()
+    assert [request.args for request in task.instances] == [request.args for request in own.instances]
+    answers = [(-1.0, False), (-2.0, False), (-3.0, False)][: len(own.instances)]
+    assert task.process_results(task.eval_docs[0], answers) == own.process_results(hubs, answers)
+
+
+@pytest.mark.parametrize(("answer", "right"), [(" False", 1), (" False \nQ", 1), (" True\nFalse", 0), ("", 0)])
+def test_an_answer_is_its_first_line_without_the_space_before_it(data, answer, right):
+    (task,) = downstream.prepare(["bbh"], data)[0]["bbh"]
+    task.build_all_requests()
+    (request,) = task.instances
+    request.resps.append(answer)
+    task.apply_filters()
+    assert task.process_results(request.doc, [*request.filtered_resps.values()]) == {"exact_match": right}
+
+
 def test_figures_are_those_of_the_model(exported, data, tmp_path):
     names = ["piqa", "winogrande", "mmlu", "bbh"]
     results = measure(exported, names, data, tmp_path / "tasks.json")["tasks"]
@@ -99,6 +161,7 @@ def test_figures_are_those_of_the_model(exported, data, tmp_path):
     assert found["items"] == 3 and found["chance"] == 0.5
     assert results["mmlu"]["converted"]["items"] == 2 and results["mmlu"]["converted"]["chance"] == 0.25
     assert results["bbh"]["converted"].keys() >= {"exact_match", "exact_match_stderr"}
+    assert found["acc_of_items"].count("1") == right and len(found["acc_of_items"]) == 3
     one_by_one = measure(exported, names[:-1], data, tmp_path / "one.json", batch=1)["tasks"]
     assert one_by_one == {name: results[name] for name in names[:-1]}
 
@@ -140,6 +203,93 @@ def test_an_interrupted_task_goes_on_behind_its_last_answer(exported, data, tmp_
     assert found["tasks"] == measure(exported, ["piqa"], data, tmp_path / "whole.json", batch=1)["tasks"]
 
 
+def test_answers_of_a_model_are_not_another_ones(exported, tiny_model, data, tmp_path, monkeypatch):
+    """Stopped before anything was written, and started again with another model."""
+    own, calls = HFLM._model_call, []
+
+    def stopped(self, *arguments, **keywords):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return own(self, *arguments, **keywords)
+
+    out, other = tmp_path / "tasks.json", export_tiny(tiny_model, tmp_path / "other", seed=7)
+    monkeypatch.setattr(HFLM, "_model_call", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure(exported, ["piqa"], data, out, batch=1)
+
+    def counted(self, *arguments, **keywords):
+        calls.append(1)
+        return own(self, *arguments, **keywords)
+
+    monkeypatch.setattr(HFLM, "_model_call", counted)
+    calls.clear()
+    measure(other, ["piqa"], data, out, batch=1, settings={"another": "run"})
+    # Each of its six requests is answered by itself.
+    assert len(calls) == 6
+
+
+def test_results_are_not_those_of_a_model_that_came_in_its_place(linearize, exported, tiny_model, data, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(exported, model)
+    arguments = ["tasks", model, "--tasks", "winogrande", "--data", data, "--out", tmp_path / "tasks.json"]
+    assert linearize(*arguments).code == 0
+    shutil.rmtree(model)
+    export_tiny(tiny_model, model, seed=7)
+    result = linearize(*arguments)
+    assert result.code == 2 and "holds results of other models" in result.stderr
+
+
+def test_groups_of_lm_eval_have_the_mean_that_it_gives_them(exported, tmp_path, monkeypatch):
+    for name, texts in {"one": ["the and"], "two": ["was", "of a to", "in"]}.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text, "answer": 0}) + "\n" for text in texts))
+        task = {
+            "task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}},
+            "test_split": "test", "doc_to_text": "{{text}}", "output_type": "multiple_choice",
+            "doc_to_choice": ["the of", "was that it"], "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    mean = [{"metric": "acc", "weight_by_size": False}]
+    group = {"group": "both", "task": ["one", "two"], "aggregate_metric_list": mean}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(group))
+    manager = registry.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(registry, "TaskManager", lambda: manager)
+    found = measure(exported, ["both", "one", "two"], None, tmp_path / "tasks.json")["tasks"]
+    both, one, two = (found[name]["converted"] for name in ("both", "one", "two"))
+    assert both["acc"] == pytest.approx((one["acc"] + two["acc"]) / 2)
+    assert both["items"] == 4 and both["acc_of_items"] == one["acc_of_items"] + two["acc_of_items"]
+    assert both["chance"] == 0.5
+
+
+def test_the_difference_is_of_the_same_items():
+    # Three of eight changed: +1, +1, -1; mean 1/8, variance (2 * (7/8)^2 + (9/8)^2 + 5 / 64) / 8 / 7.
+    assert downstream.difference("00011110", "11001110") == pytest.approx((1 / 8, (2.875 / 56) ** 0.5))
+    assert downstream.difference("0101", "0101") == (0, 0)
+
+
+@pytest.mark.parametrize(("right", "kept"), [(90, "50%"), (55, "-")])
+def test_what_is_kept_is_told_where_the_teacher_is_clearly_above_chance(right, kept):
+    """Of 100 items the standard error of .55 is .05: that may be luck."""
+
+    def figures(right):
+        share = right / 100
+        items = "1" * right + "0" * (100 - right)
+        return {"items": 100, "acc": share, "acc_stderr": (share * (1 - share) / 99) ** 0.5, "acc_of_items": items,
+                "chance": 0.5}  # fmt: skip
+
+    by_model = {downstream.TEACHER: figures(right), downstream.CONVERTED: figures(70)}
+    shown = downstream.table({"tasks": {"piqa": by_model}})
+    assert [*shown.columns[-1].cells] == [kept, ""]
+
+
+def test_what_lm_eval_prints_is_not_among_the_results(exported, data, tmp_path, capsys):
+    """As it does where it looks for the largest batch."""
+    measure(exported, ["winogrande"], data, tmp_path / "tasks.json", batch="auto")
+    printed = capsys.readouterr()
+    assert not printed.out and "largest batch size" in printed.err
+
+
 def test_command_line(linearize, exported, data, tmp_path):
     arguments = ["tasks", exported, "--tasks", "piqa,winogrande", "--data", data, "--out", tmp_path / "tasks.json"]
     result = linearize(*arguments, "--json")
@@ -153,16 +303,28 @@ def test_command_line(linearize, exported, data, tmp_path):
     ("name", "content", "sentence"),
     [
         ("piqa2", None, "--tasks piqa2: .* has no such task, did you mean pi_qa"),
-        ("broken", '{"query": "a", "choices": ["b"], "gold": 0}\n{"query": 1}\n', "broken.jsonl:2: expected {choices"),
+        ("broken", '{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": 1}\n', "jsonl:2: expected {query"),
         ("broken", "{\n", "broken.jsonl:1: is no JSON"),
         ("broken", "\n", "broken.jsonl: has no rows"),
-        ("broken", '{"text": "a"}\n', "broken.jsonl:1: expected {choices, gold, query} or {context_options"),
+        ("broken", '{"text": "a"}\n', "broken.jsonl:1: expected {query, choices, gold} or {continuation"),
+        ("broken", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "broken.jsonl:1: gold is 2, and"),
+        ("broken", '{"query": "a", "choices": "bc", "gold": 0}', "broken.jsonl:1: choices is no list of two texts"),
+        ("broken", '{"query": 1, "choices": ["b", "c"], "gold": 0}', "broken.jsonl:1: query is no text"),
+        ("mmlu/test/some_history_test.csv", "q,a,b,c,d,BC\n", "some_history_test.csv:1: is not question"),
+        ("mmlu/test/some_history_test.csv", None, "mmlu: holds no test/SUBJECT_test.csv"),
+        ("bbh/boolean_expressions.json", '{"examples": [{"input": "a"}]}', "expressions.json: expected {examples"),
+        (",", None, "--tasks: names no task"),
+        ("w", None, "--tasks w: .* has no such task"),
     ],
 )
 def test_bad_input(linearize, exported, data, tmp_path, name, content, sentence):
+    folder, _, file = name.partition("/")
+    path = data / (name if file else f"{name}.jsonl")
     if content is not None:
-        (data / f"{name}.jsonl").write_text(content)
-    result = linearize("tasks", exported, "--tasks", name, "--data", data, "--out", tmp_path / "tasks.json")
+        path.write_text(content)
+    elif file:
+        path.unlink()
+    result = linearize("tasks", exported, "--tasks", folder, "--data", data, "--out", tmp_path / "tasks.json")
     assert result.code == 2 and len(result.stderr.strip().splitlines()) == 1
     assert re.search(sentence, result.stderr), result.stderr
 
