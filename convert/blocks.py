@@ -97,7 +97,7 @@ class Blocks:
         """What the blocks behind `group` begin with, if there are any; `hidden` is what it begins with itself."""
         self.group, self.hidden, self.next = group, hidden, 0
         try:
-            self.model.base_model(**inputs | {"use_cache": False})
+            self.model.base_model(**inputs)
         except _Recorded as recorded:
             return recorded.hidden.to("cpu", non_blocking=True)
         if self.next != len(self.rest):

@@ -1,6 +1,6 @@
 """What is different where a model is an encoder: how it reads a piece of text, and what it is measured by."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -38,10 +38,10 @@ def embed(model: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat([model(input_ids=part.to(device)).last_hidden_state.float().mean(1).cpu() for part in parts])
 
 
-def embedding(model: nn.Module, rows: Tensor, teacher: Tensor) -> dict[str, float]:
+def embedding(model: nn.Module, rows: Tensor, teacher: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Cosines between a model's `embed` and its teacher's of the same texts: their `mean`, and the `p5` below which one
     in twenty is."""
-    cosines = nn.functional.cosine_similarity(embed(model, rows), teacher, dim=-1)
+    cosines = nn.functional.cosine_similarity(embed(model, rows), teacher(rows), dim=-1)
     return {"mean": cosines.mean().item(), "p5": cosines.quantile(0.05).item()}
 
 
@@ -67,22 +67,6 @@ def encoder_measures(
             rows = framed(probes.windows(stream, length), around)
         except ValueError as error:
             raise ValueError(f"lengths: {error}") from error
-        run = partial(_measure, rows=rows, teacher=teacher)
+        run = partial(embedding, rows=rows, teacher=teacher)
         measures.append(Measure("embedding", str(length), rows.numel(), run))
     return measures
-
-
-def _measure(model: nn.Module, rows: Tensor, teacher: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    return embedding(model, rows, teacher(rows))
-
-
-def remembered(embed_rows: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same, of each length once."""
-    known: dict[Sequence[int], Tensor] = {}
-
-    def look_up(rows: Tensor) -> Tensor:
-        if rows.shape not in known:
-            known[rows.shape] = embed_rows(rows)
-        return known[rows.shape]
-
-    return look_up

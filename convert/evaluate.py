@@ -19,7 +19,7 @@ first and the last are measured on `text` of the first length alone, ablations o
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from linearize.convert import processes
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import token_stream
-from linearize.convert.encoders import edges, embed, encoder_measures, remembered
+from linearize.convert.encoders import edges, embed, encoder_measures
 from linearize.convert.finetune import tune
 from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
@@ -127,9 +127,7 @@ def tuned_teacher(context: Context) -> nn.Module:
 def baselines(own: LinearAttentionConfig, is_encoder: bool) -> dict[str, LinearAttentionConfig]:
     """Name -> window + sinks alone: the published baseline, which is causal, and last the one at this recipe's own
     window."""
-    configs = (PRESETS["swa"], window_alone(own))
-    if is_encoder:
-        configs = (replace(configs[1], sink_distance=None),)
+    configs = (window_alone(own),) if is_encoder else (PRESETS["swa"], window_alone(own))
     return {f"{c.window} window {c.window_size} + {c.sinks} sinks, untrained": c for c in configs}
 
 
@@ -184,7 +182,8 @@ def run(context: Context) -> Artifact:
     stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
     # The plan has refused what the model's positions do not allow.
     if recipe.model.head == "encoder":
-        teacher = remembered(lambda rows: embed(softmax_model(context).to(context.device), rows))
+        # Of each length once: the texts that models share are the same tensor.
+        teacher = cache(lambda rows: embed(softmax_model(context).to(context.device), rows))
         measures = encoder_measures(recipe.evaluate, stream, edges(context.tokenizer), None, teacher)
     else:
         config = recipe.attention and recipe.attention.config

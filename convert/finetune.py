@@ -35,11 +35,9 @@ class NextTokenAndDistillation:
         self.section, self.masked, self.calls_backward, self.parts = section, masked, section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
-        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        inputs, labels = {name: batch[name] for name in ("input_ids", "position_ids")}, batch["labels"]
         if not self.masked:
             inputs["use_cache"] = False
-        labels = batch["labels"]
-        if not self.masked:
             # The logits of the last token have no label.
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         weights = label_weights(labels)

@@ -217,4 +217,7 @@ PRESETS |= {
 def window_alone(config: LinearAttentionConfig) -> LinearAttentionConfig:
     """The near branch of `config` and nothing else; the published window where it has none."""
     own = config if config.window is not None else PRESETS["swa"]
-    return replace(PRESETS["swa"], window=own.window, window_size=own.window_size, sinks=own.sinks)
+    # Without sinks it makes no difference from where they are seen.
+    distance = own.sink_distance if own.sinks else PRESETS["swa"].sink_distance
+    kept = {"window": own.window, "window_size": own.window_size, "sinks": own.sinks, "sink_distance": distance}
+    return replace(PRESETS["swa"], **kept)

@@ -290,10 +290,9 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
     cache = kwargs.get("past_key_values")
     if cache is None:
         use_cache = kwargs.get("use_cache")
-        if use_cache is None and model.config.linear_attention.get("far", "features") != "features":
-            use_cache = False
         if use_cache is None:
-            use_cache = getattr(model.config, "use_cache", True) and not model.training
+            has_cache = model.config.linear_attention.get("far", "features") == "features"
+            use_cache = has_cache and getattr(model.config, "use_cache", True) and not model.training
         # Nobody continues a row of packed documents, and with a cache transformers does not look for them.
         position_ids = kwargs.get("position_ids")
         if kwargs.get("attention_mask") is None and position_ids is not None and (position_ids.diff() != 1).any():
@@ -384,9 +383,8 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
             f"a linearized model keeps no softmax cache: layer {module.layer_idx} got {key.shape[2]} keys for "
             f"{query.shape[2]} tokens; pass LinearCache(model), or no cache"
         )
-    segments = attention_mask
-    if call.cache is not None and call.cache.shared.segments is not None:
-        segments = call.cache.shared.segments
+    own = None if call.cache is None else call.cache.shared.segments
+    segments = attention_mask if own is None else own
     if segments is not None and segments.dim() != 2:
         raise ValueError("linear attention takes a 2-D padding mask or packed position_ids, not a 4-D mask")
     cu_seqlens = kwargs.get("cu_seq_lens_q")

@@ -12,6 +12,50 @@ from linearize.recipes.fields import Section, Text
 Dtype = Literal["float32", "bfloat16"]
 Head = Literal["causal-lm", "masked-lm", "encoder"]
 
+# What training does to texts so that the next tokens of others are recalled.
+_FOR_TEXT = [
+    ("recall", 0.0, "repeats parts of a text to have them predicted"),
+    ("facts", 0.0, "plants facts in a text to have them predicted"),
+    ("position_offset", 0, "positions begin at 0 where a token sees the whole text"),
+]
+_NEXT = "asks for next tokens, which an encoder does not make"
+# Head -> section -> (field, the value that it must have, why); of a section that is refused whole, the field is None.
+_REFUSED: dict[Head, dict[str, list[tuple[str | None, Any, str]]]] = {
+    "causal-lm": {},
+    "masked-lm": {
+        "finetune": [*_FOR_TEXT, ("distill", 0.0, "the model is its softmax self")],
+        "evaluate": [(None, None, "its measures are of next tokens, and the model predicts masked ones")],
+    },
+    "encoder": {
+        "keep": [("kv_budget", None, "measures what is copied from far back, which an encoder does not do")],
+        "transfer": [("blocks_at_once", None, "goes through a decoder's blocks"), *_FOR_TEXT],
+        "finetune": [
+            ("next_token", 0.0, "an encoder sees the next token; learn from its softmax self, with distill"),
+            ("chunk", None, "an encoder has no cache to carry from chunk to chunk"),
+            *_FOR_TEXT,
+        ],
+        "medusa": [(None, None, "heads guess next tokens, which an encoder does not make")],
+        "evaluate": [
+            ("copying", None, _NEXT),
+            ("passkey", [], _NEXT),
+            ("recall", [], _NEXT),
+            ("speed", [], "times how texts are written, which an encoder does not do"),
+            ("tuned_teacher", False, "an encoder is finetuned towards its teacher itself"),
+        ],
+    },
+}
+
+
+def refusal(head: Head, name: str, section: Section) -> str | None:
+    """What the recipe's section `name` asks of a model that ends in `head` and cannot have, or None."""
+    for field, value, why in _REFUSED[head].get(name, []):
+        if field is None:
+            return f"{why}; leave it out"
+        if getattr(section, field) != value:
+            shown = "null" if value is None else str(value).lower()
+            return f"{field}: {why}; set it to {shown}"
+    return None
+
 
 def package_file(source: str) -> Path:
     """Path of the file or directory that `package:<import_name>/<file>` names; the package itself is not imported.

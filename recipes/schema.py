@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from linearize.recipes.attention import AttentionSection, KeepSection
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
-from linearize.recipes.model import Dtype, ModelSection
+from linearize.recipes.model import Dtype, ModelSection, refusal
 from linearize.recipes.training import Training, TransferSection
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
@@ -56,12 +56,6 @@ class DataSource(Section):
         return source
 
 
-# What training does to texts so that models recall them.
-TEXT_ALONE = [
-    ("recall", 0.0, "repeats parts of a text to have them predicted"),
-    ("facts", 0.0, "plants facts in a text to have them predicted"),
-    ("position_offset", 0, "an encoder's positions begin at 0"),
-]
 # Of text that is measured; longer ones are read in pieces, with a cache between them.
 LONGEST_AT_ONCE = 2048
 # One source may be written without the list.
@@ -338,47 +332,12 @@ class Recipe(Section):
             )
         return section
 
-    @field_validator("finetune", "evaluate")
-    @classmethod
-    def _is_for_masked_tokens(cls, section: Section | None, info: ValidationInfo) -> Section | None:
-        model = info.data.get("model")
-        if section is None or model is None or model.head != "masked-lm":
-            return section
-        if info.field_name == "evaluate":
-            raise ValueError("its measures are of next tokens, and the model predicts masked ones; leave it out")
-        for name in ("recall", "facts", "position_offset", "distill"):
-            if getattr(section, name):
-                raise ValueError(f"{name}: is for models that predict next tokens; leave it out")
-        return section
-
     @field_validator("keep", "transfer", "finetune", "medusa", "evaluate")
     @classmethod
-    def _is_for_encoders(cls, section: Section | None, info: ValidationInfo) -> Section | None:
+    def _is_for_this_head(cls, section: Section | None, info: ValidationInfo) -> Section | None:
         model = info.data.get("model")
-        if section is None or model is None or model.head != "encoder":
-            return section
-        refused = {
-            "keep": [("kv_budget", None, "measures what is copied from far back, which an encoder does not do")],
-            "transfer": [("blocks_at_once", None, "goes through a decoder's blocks"), *TEXT_ALONE],
-            "finetune": [
-                ("next_token", 0, "an encoder sees the next token; learn from its softmax self, with distill"),
-                ("chunk", None, "an encoder has no cache to carry from chunk to chunk"),
-                *TEXT_ALONE,
-            ],
-            "medusa": [("heads", None, "guess next tokens, which an encoder does not make; set medusa: null")],
-            "evaluate": [
-                ("copying", None, "asks for next tokens, which an encoder does not make"),
-                ("passkey", [], "asks for next tokens, which an encoder does not make"),
-                ("recall", [], "asks for next tokens, which an encoder does not make"),
-                ("speed", [], "times how texts are written, which an encoder does not do"),
-                ("tuned_teacher", False, "an encoder is finetuned towards its teacher itself"),
-            ],
-        }[info.field_name]
-        for name, value, why in refused:
-            if getattr(section, name) != value:
-                shown = "null" if value is None else str(value).lower()
-                advice = "" if info.field_name == "medusa" else f"; set it to {shown}"
-                raise ValueError(f"{name}: {why}{advice}")
+        if section is not None and model is not None and (why := refusal(model.head, info.field_name, section)):
+            raise ValueError(why)
         return section
 
     @field_validator("finetune", "medusa", "evaluate")

@@ -164,7 +164,7 @@ def test_what_is_refused_before_anything_is_done(linearize, run, tmp_path, chang
         ("transfer.recall=0.5", "transfer.recall: repeats parts of a text to have them predicted; set it to 0.0"),
         ("keep.kv_budget=0.1", "keep.kv_budget: measures what is copied from far back"),
         ("evaluate.passkey=[32]", "evaluate.passkey: asks for next tokens"),
-        ("medusa={steps: 1, lr: 1.0}", "medusa.heads: guess next tokens, which an encoder does not make"),
+        ("medusa={steps: 1, lr: 1.0}", "medusa: heads guess next tokens, which an encoder does not make; leave it out"),
     ],
 )
 def test_what_a_recipe_cannot_ask_of_an_encoder(run, change, sentence):

@@ -173,7 +173,7 @@ def test_masks_follow_the_rule_and_depend_on_the_place_alone(linearize, scratch,
         ),
         (
             "{source: a/b, head: masked-lm}", "attention: null\nfinetune: {steps: 1, recall: 0.5}",
-            "finetune.recall: is for models that predict next tokens; leave it out",
+            "finetune.recall: repeats parts of a text to have them predicted; set it to 0.0",
         ),
         ("{source: a/b, head: encoder}", "attention: null", "attention: null leaves an encoder nothing to learn; use"),
         (
