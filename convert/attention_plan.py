@@ -1,9 +1,11 @@
 """What a plan says of attention: heads, and the memory that each token and each state takes."""
 
 from linearize.convert.keep import head_budget, heads_by_layer, named_heads
+from linearize.layers.attending import attention_modules, head_shapes, is_causal
 from linearize.layers.attention import LinearAttention
 from linearize.layers.flash import FlashForCausalLM
-from linearize.layers.seam import attention_modules, head_shapes, install, is_causal, is_rotary
+from linearize.layers.rotary import is_rotary
+from linearize.layers.seam import install
 from linearize.recipes.attention import KeepSection
 from linearize.recipes.schema import Recipe
 

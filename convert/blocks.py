@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from linearize.layers.seam import UnsupportedModelError
+from linearize.layers.attending import UnsupportedModelError
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -23,8 +23,9 @@ from linearize.convert import measures
 from linearize.convert.context import StageError
 from linearize.convert.keep import heads_by_layer
 from linearize.convert.progress import TokenProgress
+from linearize.layers.attending import attention_modules, head_shapes
 from linearize.layers.config import LinearAttentionConfig, window_alone
-from linearize.layers.seam import attention_modules, head_shapes, install
+from linearize.layers.seam import install
 
 Head = tuple[int, int]
 

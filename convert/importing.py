@@ -25,7 +25,8 @@ from linearize.hub.published import (
     published,
     window_of,
 )
-from linearize.layers.seam import UnsupportedModelError, head_shapes, install
+from linearize.layers.attending import UnsupportedModelError, head_shapes
+from linearize.layers.seam import install
 from linearize.recipes.model import ModelSection
 
 

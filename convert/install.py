@@ -11,7 +11,8 @@ from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import problems_named
 from linearize.convert.keep import head_budget
 from linearize.convert.models import KEPT, LINEAR, kept_heads, save_weights, softmax_model
-from linearize.layers.seam import head_shapes, install
+from linearize.layers.attending import head_shapes
+from linearize.layers.seam import install
 from linearize.recipes.training import Training
 
 

@@ -17,7 +17,8 @@ from linearize.convert import sources
 from linearize.convert.context import STAGES, Context, StageError, put
 from linearize.convert.keep import named_heads
 from linearize.hub.saved import check_saved
-from linearize.layers.seam import head_shapes, install
+from linearize.layers.attending import head_shapes
+from linearize.layers.seam import install
 from linearize.recipes.schema import FinetuneSection
 
 WEIGHTS = "weights.safetensors"

@@ -14,7 +14,7 @@ from linearize.convert import processes
 from linearize.convert.batches import shared
 from linearize.convert.context import STAGES, STATE, Context, StageError, write_atomically
 from linearize.convert.launch import LOG
-from linearize.layers.seam import UnsupportedModelError
+from linearize.layers.attending import UnsupportedModelError
 from linearize.recipes.loader import dump_recipe
 from linearize.recipes.training import Training
 

@@ -20,9 +20,9 @@ from linearize.convert.encoders import edges, embed, encoder_measures
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.convert.reporting import check_reporting
+from linearize.layers.attending import UnsupportedModelError
 from linearize.layers.config import window_alone
 from linearize.layers.medusa import MedusaHeads
-from linearize.layers.seam import UnsupportedModelError
 from linearize.recipes.schema import Recipe, ShardedTraining, deepspeed_file
 from linearize.recipes.training import Training, TransferSection, layer_range
 

@@ -33,7 +33,8 @@ from linearize.convert.objectives import OBJECTIVES, Example, softmax_mask
 from linearize.convert.probes import windows
 from linearize.convert.training import train
 from linearize.layers.attention import BRANCHES
-from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, take_inputs
+from linearize.layers.bias import bias_of_pairs
+from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, softmax_of_states, take_inputs
 from linearize.recipes.training import TransferSection
 
 IMPLEMENTATION = "linearize_transfer"
@@ -54,6 +55,8 @@ def teacher_backend(device: torch.device) -> str:
 
 def softmax_attention(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None, kwargs: dict) -> Tensor:
     """The output [B, T, H, D_v] that the module had before it was linearized."""
+    if module.linear_attention.crosses:
+        return softmax_of_states(inputs.q, inputs.k, value, inputs.segments, scaling)
     backend = teacher_backend(value.device)
     segments, length = inputs.segments, value.shape[2]
     if segments is not None or value.dtype == torch.float32:
@@ -64,6 +67,8 @@ def softmax_attention(module: nn.Module, inputs: Inputs, value: Tensor, scaling:
     if backend == "sdpa" and (segments is not None or sliding_window is not None):
         mask = softmax_mask(segments, length, sliding_window, value.device, module.linear_attention.causal)
         mask = mask.expand(value.shape[0], length, length)[:, None]
+    if inputs.bias is not None:
+        kwargs = {**kwargs, "position_bias": bias_of_pairs(inputs.bias, length)}
     function = AttentionInterface()[backend]
     return function(module, inputs.q, inputs.k, value, mask, scaling=scaling, **kwargs)[0]
 
@@ -120,6 +125,8 @@ def transfer_attention(module, query, key, value, attention_mask, scaling=None, 
     compared with before."""
     # Of a model on several devices; kernels are launched on the current one.
     with torch.cuda.device_of(value):
+        if not hasattr(module, "linear_attention"):
+            return softmax_of_states(query, key, value, attention_mask, scaling), None
         inputs = take_inputs(module, query, key, attention_mask, kwargs)
         target = softmax_attention(module, inputs, value, scaling, kwargs)
         task = module.linear_attention.task

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import linearize.layers
 from linearize import __version__
 from linearize.hub.saved import check_saved
+from linearize.layers.attending import is_encoder_decoder
 from linearize.layers.flash import FlashForCausalLM
 from linearize.layers.medusa import MedusaHeads
 from linearize.layers.seam import LinearizedMixin
@@ -105,7 +106,7 @@ def export_model(
     config["linearize_version"] = __version__
     code = {}
     if isinstance(model, LinearizedMixin):
-        auto = auto_class(base.__name__, model.is_encoder)
+        auto = auto_class(base.__name__, model)
         config["model_type"] = f"linearized_{model_type}"
         config["architectures"] = architectures(base.__name__, auto)
         config["auto_map"] = _auto_map(MODULE, f"Linearized{config_class}", auto, f"Linearized{base.__name__}")
@@ -136,12 +137,14 @@ def export_model(
         (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def auto_class(base: str, is_encoder: bool) -> str:
-    """Which of transformers' Auto classes a class of theirs is loaded by."""
+def auto_class(base: str, model: LinearizedMixin) -> str:
+    """Which of transformers' Auto classes loads a model whose own class is `base`."""
     for head in ("ForSequenceClassification", "ForMaskedLM"):
         if base.endswith(head):
             return f"AutoModel{head}"
-    return "AutoModel" if is_encoder else "AutoModelForCausalLM"
+    if is_encoder_decoder(model):
+        return "AutoModelForSeq2SeqLM" if model.can_generate() else "AutoModel"
+    return "AutoModel" if model.is_encoder else "AutoModelForCausalLM"
 
 
 def architectures(base: str, auto: str) -> list[str]:

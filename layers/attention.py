@@ -37,6 +37,9 @@ class LinearAttention(nn.Module):
         branches: which of `BRANCHES` take part; evaluation switches them off one by one.
     """
 
+    # Whether the keys are those of another sequence; those of a `CrossAttention` are.
+    crosses = False
+
     def __init__(
         self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int, kept: tuple[int, ...] = (),
         causal: bool = True,

@@ -298,12 +298,15 @@ class LinearCache(Cache):
     def __init__(self, model):
         if model.is_encoder:
             raise ValueError(f"{type(model).__name__} looks both ways: it reads whole sequences, and has no cache")
-        config = model.config.get_text_config(decoder=True)
-        layers, shared = DynamicCache(config=config).layers, Shared()
-        for layer_idx, attention in model.linear_attentions().items():
-            while len(layers) <= layer_idx:
+        config, shared = model.config.get_text_config(decoder=True), Shared()
+        # An encoder's layers have none, a decoder's behind it nothing but linear ones.
+        layers = [] if model.config.is_encoder_decoder else DynamicCache(config=config).layers
+        for module in model.linear_modules():
+            if not module.linear_attention.causal:
+                continue
+            while len(layers) <= module.layer_idx:
                 layers.append(None)
-            layers[layer_idx] = LinearCacheLayer(attention.config, shared)
+            layers[module.layer_idx] = LinearCacheLayer(module.linear_attention.config, shared)
         super().__init__(layers=layers)
 
     @property

@@ -51,6 +51,8 @@ class LinearAttentionConfig:
         far_start: the weight of the far branch that is learned, at the start.
         conv_taps: K, taps of the depthwise convolution on v (one filter per query head, zero at start): of the token
             and K - 1 before it, and, where a layer looks both ways, K - 1 behind it.
+        cross: whether a decoder's attention to an encoder's states stays `softmax`, or becomes `linear` in all of them
+            by the same feature map; where a model has such attention.
         kept_window: where heads are kept softmax, how many tokens back they look, sinks beside them as above: their
             memory is constant too. None: all tokens.
         slack: recent tokens that the cache keeps beyond the window: the longest exact `crop` and the deepest tree.
@@ -76,6 +78,7 @@ class LinearAttentionConfig:
     far_weight: Literal["one", "learned", "query"] = "learned"
     far_start: float = 0.0
     conv_taps: int = 32
+    cross: Literal["softmax", "linear"] = "softmax"
     kept_window: int | None = None
     slack: int = 64
 

@@ -6,7 +6,6 @@ does not pass on: the cache, and the rotary embedding, which it takes away from 
 so that q and k arrive un-rotated; the rotation that the window needs is done here, by the family's own function.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMode
+from transformers.masking_utils import bidirectional_mask_function
 
+from .attending import (
+    UnsupportedModelError,
+    attention_modules,
+    cross_attention_modules,
+    head_shape,
+    head_shapes,
+    is_causal,
+    is_encoder_decoder,
+    is_numbered,
+)
 from .attention import LinearAttention
+from .bias import bias_by_distance, tell_distances
 from .cache import LinearCache, LinearCacheLayer
 from .config import LinearAttentionConfig
+from .cross import CrossAttention, CrossCache, CrossCacheLayer, cross_softmax
 from .decoding import Choice, decode, knows
 from .graphs import parts, works_on
-from .rotary import Watch, is_rotary, nothing, rotary_embeddings, rotated, rotates_pairs, skip_nothing, with_capped
+from .rotary import Watch, is_rotary, nothing, rotary_embeddings, rotated, skip_nothing, with_capped
 from .speculative import carry_heads, speculate
 from .tokens import segments_from_cu_seqlens
 
@@ -30,104 +43,13 @@ IMPLEMENTATION = "linearize"
 IMPLEMENTATIONS = {IMPLEMENTATION}
 
 
-class UnsupportedModelError(ValueError):
-    """The model's attention cannot be replaced; the message names the module class."""
-
-
 @dataclass
 class Call:
     """What one call of an attention module keeps for its attention function."""
 
-    cache: LinearCacheLayer | None = None
+    cache: LinearCacheLayer | CrossCacheLayer | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     sink_rotary: tuple[Tensor, Tensor] | None = None
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether an attention module sees only what is not after a token; encoders' do not."""
-    return getattr(module, "is_causal", True)
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """layer_idx, or, in encoders, which have no cache to find by it, a running number -> self-attention module that
-    goes through transformers' attention interface.
-
-    Raises:
-        UnsupportedModelError: naming the first class whose attention does not, or cannot be replaced.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LinearAttention) or not (_is_named_attention(module) or _calls_interface(module)):
-            continue
-        # A wrapper around the real attention module (as BERT's) is no obstacle.
-        if not _calls_interface(module) and any(map(_is_named_attention, list(module.modules())[1:])):
-            continue
-        reason = _obstacle(module)
-        if reason is None and found and is_causal(module) != is_causal(next(iter(found.values()))):
-            reason = f"is {'' if is_causal(module) else 'not '}causal, unlike others of its modules"
-        index = module.layer_idx if reason is None and is_causal(module) else len(found)
-        if reason is None and index in found:
-            reason = f"shares layer index {index} with another attention module"
-        if reason is not None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be linearized: {type(module).__name__} at {name} {reason}"
-            )
-        found[index] = module
-    if not found:
-        blocks = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "layer_idx")})
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be linearized: none of its modules goes through transformers' attention "
-            f"interface (its layers are {', '.join(blocks) or 'unnamed'})"
-        )
-    return found
-
-
-def _is_named_attention(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Attention")
-
-
-def _code(module: nn.Module):
-    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
-
-
-def _calls_interface(module: nn.Module) -> bool:
-    return _code(module) is not None and "ALL_ATTENTION_FUNCTIONS" in _code(module).co_names
-
-
-def _obstacle(module: nn.Module) -> str | None:
-    """Why an attention module cannot be replaced, or None."""
-    if not _calls_interface(module):
-        return "does not go through transformers' attention interface"
-    if is_causal(module) and not isinstance(getattr(module, "layer_idx", None), int):
-        return "has no layer index"
-    if getattr(module, "is_cross_attention", False):
-        return "attends to another sequence"
-    if hasattr(module, "kv_lora_rank") or hasattr(module, "v_head_dim"):
-        return "compresses its keys (multi-head latent attention)"
-    if is_rotary(module) and not rotates_pairs(module):
-        return "rotates by a function other than apply_rotary_pos_emb(q, k, cos, sin)"
-    if any(isinstance(const, tuple) and "s_aux" in const for const in _code(module).co_consts):
-        return "has learned sinks inside its softmax (it passes s_aux to the interface)"
-    if getattr(getattr(module, "config", None), "attn_logit_softcapping", None) is not None:
-        return "caps its scores (attn_logit_softcapping)"
-    return None
-
-
-def head_shape(module: nn.Module, config) -> tuple[int, int, int]:
-    """Query heads, key heads and head dimension of an attention module, from it or its model's configuration."""
-    heads = config.num_attention_heads
-    head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
-    if hasattr(module, "num_key_value_groups"):
-        return heads, heads // module.num_key_value_groups, head_dim
-    if getattr(config, "multi_query", False):
-        return heads, 1, head_dim
-    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
-
-
-def head_shapes(model: PreTrainedModel) -> dict[int, tuple[int, int, int]]:
-    """layer_idx -> `head_shape`; raises as `attention_modules`."""
-    config = model.config.get_text_config(decoder=True)
-    return {index: head_shape(module, config) for index, module in attention_modules(model).items()}
 
 
 class LinearizedMixin:
@@ -139,7 +61,7 @@ class LinearizedMixin:
 
     # Masters stay fp32 when the model is loaded in half precision.
     _keep_in_fp32_modules_strict = {"linear_attention"}
-    # Whether its layers look both ways, so that there is no cache to go on from.
+    # Whether all its layers look both ways, so that there is no cache to go on from.
     is_encoder = False
 
     def __init__(self, config, *args, **kwargs):
@@ -162,13 +84,18 @@ class LinearizedMixin:
         for layer in self.linear_attentions().values():
             layer.requires_grad_(mode)
 
-    def linear_attentions(self) -> dict[int, LinearAttention]:
-        """layer_idx, in encoders a running number -> layer."""
+    def linear_modules(self) -> list[nn.Module]:
+        """The attention modules that have a linear layer, those that attend to another sequence last."""
         # What `attention_modules` found at installation, without its look at each module's code.
         modules = [module for module in parts(self) if "linear_attention" in module._modules]
+        return sorted(modules, key=lambda module: module.linear_attention.crosses)
+
+    def linear_attentions(self) -> dict[int, LinearAttention | CrossAttention]:
+        """layer_idx, where there is an encoder a running number -> layer."""
+        numbered = is_numbered(self)
         return {
-            module.layer_idx if module.linear_attention.causal else number: module.linear_attention
-            for number, module in enumerate(modules)
+            number if numbered else module.layer_idx: module.linear_attention
+            for number, module in enumerate(self.linear_modules())
         }
 
     # A decoding loop: `model.generate(.., custom_generate=model.speculate)`.
@@ -196,7 +123,7 @@ class LinearizedMixin:
         """transformers' loop, greedy or sampling; on a GPU our own, whose steps are CUDA graphs, where it does all
         that is asked for."""
         known = knows(logits_processor, stopping_criteria, generation_config, model_kwargs)
-        if input_ids.is_cuda and known and not synced_gpus:
+        if input_ids.is_cuda and known and not synced_gpus and not is_encoder_decoder(self):
             choose = Choice(logits_processor, generation_config.do_sample)
             return decode(
                 self, input_ids, choose, stopping_criteria, generation_config, model_kwargs, streamer=streamer
@@ -208,9 +135,24 @@ class LinearizedMixin:
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         wants_cache = generation_config.use_cache is not False and generation_mode != GenerationMode.CONTRASTIVE_SEARCH
         if wants_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LinearCache(self)
+            model_kwargs["past_key_values"] = new_cache(self)
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache of a linearized model: a `LinearCache`, where there is an encoder with another beside it for what
+    the decoder knows of the encoder's states.
+
+    Raises:
+        ValueError: all of the model's layers look both ways.
+    """
+    cache = LinearCache(model)
+    if not is_encoder_decoder(model):
+        return cache
+    # Softmax cross attention has what transformers makes for it.
+    linear = model.config.linear_attention.get("cross") == "linear"
+    return EncoderDecoderCache(cache, CrossCache(len(cache.layers)) if linear else DynamicCache())
 
 
 def linearized_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -257,17 +199,30 @@ def _install(model: PreTrainedModel, config: LinearAttentionConfig, kept: dict[i
         index: LinearAttention(config, *shape, tuple(kept.get(index, ())), is_causal(modules[index]))
         for index, shape in shapes.items()
     }
+    if config.cross == "linear":
+        crossing, text_config = cross_attention_modules(model), model.config.get_text_config(decoder=True)
+        if not crossing:
+            raise ValueError(f"cross: {type(model).__name__} attends to no other sequence; use cross: softmax")
+        for number, module in enumerate(crossing, len(modules)):
+            modules[number], layers[number] = module, CrossAttention(config, *head_shape(module, text_config))
+    else:
+        for module in cross_attention_modules(model):
+            # Of what was installed before.
+            module._modules.pop("linear_attention", None)
     for index, module in modules.items():
         device = works_on(module)
-        if not hasattr(module, "linear_attention"):
-            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+        if not hasattr(module, "_linearize_hook"):
+            module._linearize_hook = module.register_forward_pre_hook(_before_attention, with_kwargs=True)
             # Also when the module's own code fails half-way.
             module.register_forward_hook(_stop_watching, always_call=True)
             skip_nothing(module)
+            tell_distances(module, IMPLEMENTATIONS)
         module.linear_attention = layers[index].to(device)
-    model.is_encoder = not all(layer.causal for layer in layers.values())
-    if not hasattr(model, "_linearize_hook"):
-        model._linearize_hook = model.register_forward_pre_hook(_before_model, with_kwargs=True)
+    model.is_encoder = not any(layer.causal for layer in layers.values())
+    # What makes a cache, and hands it on.
+    decoder = model.get_decoder() if is_encoder_decoder(model) else model
+    if not hasattr(decoder, "_linearize_hook"):
+        decoder._linearize_hook = decoder.register_forward_pre_hook(partial(_before_decoder, model), with_kwargs=True)
     for module in rotary:
         if not hasattr(module, "_linearize_hook"):
             module._linearize_hook = module.register_forward_hook(partial(_after_rotary, model), with_kwargs=True)
@@ -283,7 +238,7 @@ def _after_rotary(model: PreTrainedModel, module: nn.Module, args: tuple, kwargs
 
 
 @torch.compiler.disable
-def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _before_decoder(model: PreTrainedModel, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Stock forwards would make a softmax cache; a linearized model makes its own."""
     if model.config._attn_implementation != IMPLEMENTATION or model.is_encoder:
         return args, kwargs
@@ -299,8 +254,8 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
             use_cache = False
         kwargs["use_cache"] = use_cache
         if use_cache:
-            kwargs["past_key_values"] = LinearCache(model)
-    elif not isinstance(cache, LinearCache):
+            kwargs["past_key_values"] = new_cache(model)
+    elif not isinstance(getattr(cache, "self_attention_cache", cache), LinearCache):
         raise TypeError(
             f"a linearized model cannot continue from {type(cache).__name__}: pass LinearCache(model), or no cache"
         )
@@ -309,13 +264,18 @@ def _before_model(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tu
 
 @torch.compiler.disable
 def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if module.config._attn_implementation not in IMPLEMENTATIONS:
+    linear = module._modules.get("linear_attention")
+    if linear is None or module.config._attn_implementation not in IMPLEMENTATIONS:
         return args, kwargs
-    linear = module.linear_attention
     call = linear.call = Call()
+    crosses = linear.crosses
     for value in (*args, *kwargs.values()):
-        if isinstance(value, LinearCache):
+        if isinstance(value, EncoderDecoderCache):
+            value = value.cross_attention_cache if crosses else value.self_attention_cache
+        if isinstance(value, CrossCache if crosses else LinearCache):
             call.cache = value.layers[module.layer_idx]
+    if crosses:
+        return args, kwargs
     rotary = kwargs.get("position_embeddings")
     sink_rotary = None
     if rotary is not None and linear.config.sink_distance is not None:
@@ -340,8 +300,8 @@ def _before_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
 
 @torch.compiler.disable
 def _stop_watching(module: nn.Module, *_) -> None:
-    linear = module.linear_attention
-    if linear.watch is not None:
+    linear = module._modules.get("linear_attention")
+    if linear is not None and linear.watch is not None:
         linear.watch.__exit__(None, None, None)
         linear.watch = None
 
@@ -349,16 +309,18 @@ def _stop_watching(module: nn.Module, *_) -> None:
 @dataclass
 class Inputs:
     """q, k of one attention call: [B, H or H_kv, T, D], rotated, and un-rotated and as sinks see q where these are not
-    the same; and what else bears on it."""
+    the same; and what else bears on it. Of a module that attends to another sequence, k is of that, and `segments`
+    tells that one's padding."""
 
     q: Tensor
     k: Tensor
     raw_q: Tensor | None
     raw_k: Tensor | None
     sink_q: Tensor | None
-    cache: LinearCacheLayer | None
+    cache: LinearCacheLayer | CrossCacheLayer | None
     segments: Tensor | None
     sliding_window: int | None
+    bias: Tensor | None = None
 
 
 def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Inputs:
@@ -373,6 +335,8 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
         raise UnsupportedModelError(
             f"{type(module).__name__} cannot be linearized: it calls the attention interface more than once"
         )
+    if linear.crosses:
+        return Inputs(query, key, None, None, None, call.cache, attention_mask, None)
     if linear.watch is not None:
         linear.rotates = linear.watch.used
         _stop_watching(module)
@@ -390,20 +354,23 @@ def take_inputs(module: nn.Module, query: Tensor, key: Tensor, attention_mask: T
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if segments is None and cu_seqlens is not None and call.cache is None:
         segments = segments_from_cu_seqlens(cu_seqlens, query.shape[2])
-    sliding_window = kwargs.get("sliding_window")
+    sliding_window, bias = kwargs.get("sliding_window"), bias_by_distance(module, kwargs.get("position_bias"))
     if call.rotary is None:
-        return Inputs(query, key, None, None, None, call.cache, segments, sliding_window)
+        return Inputs(query, key, None, None, None, call.cache, segments, sliding_window, bias)
     sink_rotary = call.sink_rotary
     # No further on than the distance, sinks see q as all other keys do.
     if sink_rotary is not None and call.cache is None and query.shape[2] <= linear.config.sink_distance + 1:
         sink_rotary = None
     q, k, sink_q = rotated(module, query, key, call.rotary, sink_rotary)
     raw = (query, key) if linear.config.rope == "before" else (None, None)
-    return Inputs(q, k, *raw, sink_q, call.cache, segments, sliding_window)
+    return Inputs(q, k, *raw, sink_q, call.cache, segments, sliding_window, bias)
 
 
 def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | None) -> Tensor:
     """[B, T, H, D_v], the module's linear attention."""
+    if module.linear_attention.crosses:
+        out = module.linear_attention(inputs.q, inputs.k, value, inputs.segments, inputs.cache)
+        return out.transpose(1, 2)
     out = module.linear_attention(
         inputs.q,
         inputs.k,
@@ -416,25 +383,36 @@ def attend(module: nn.Module, inputs: Inputs, value: Tensor, scaling: float | No
         cache=inputs.cache,
         ancestors=None if inputs.cache is None else inputs.cache.ancestors,
         sliding_window=inputs.sliding_window,
+        bias=inputs.bias,
     )
     return out.transpose(1, 2)
+
+
+def softmax_of_states(query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, scaling: float | None):
+    """[B, T, H, D_v] of a module whose attention to an encoder's states stays softmax."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return cross_softmax(query, key, value, segments, scale).transpose(1, 2).contiguous()
 
 
 @torch.compiler.disable
 def linear_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention function: [B, H, T, D], [B, H_kv, T, D] x 2 -> ([B, T, H, D_v], None)."""
+    if not hasattr(module, "linear_attention"):
+        return softmax_of_states(query, key, value, attention_mask, scaling), None
     inputs = take_inputs(module, query, key, attention_mask, kwargs)
     return attend(module, inputs, value, scaling).contiguous(), None
 
 
 @torch.compiler.disable
 def segments_mask(batch_size, q_length, kv_length, mask_function, attention_mask=None, device=None, **kwargs):
-    """The mask function: segments [B, T] of the new tokens (see `tokens`), or None if they need none.
+    """The mask function: segments [B, T] of the new tokens (see `tokens`), or, of attention to another sequence, of its
+    tokens; None if they need none.
 
     Packed documents show in transformers' own mask function: a token does not see its left neighbour.
     """
     if attention_mask is not None:
-        segments = attention_mask[:, -q_length:].long()
+        keys = kv_length if mask_function is bidirectional_mask_function else q_length
+        segments = attention_mask[:, -keys:].long()
         return None if segments.bool().all() else segments
     if q_length == 1 or kv_length != q_length:
         return None

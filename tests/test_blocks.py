@@ -6,7 +6,7 @@ from torch import nn
 
 from linearize.convert.blocks import Blocks, decoder_blocks
 from linearize.convert.transfer import AttentionTransfer
-from linearize.layers.seam import UnsupportedModelError
+from linearize.layers.attending import UnsupportedModelError
 
 from .families import FAMILIES, tiny_model
 from .transfers import BATCH, SECTION, errors, step, student

@@ -4,17 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from linearize.hub.export import export_model
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS
-from linearize.layers.seam import UnsupportedModelError, install
+from linearize.layers.seam import install
 
 from .encoders import FAMILIES, VOCAB, tiny_encoder
 from .test_families import error, randomize
@@ -119,10 +114,3 @@ def test_what_looks_both_ways_has_no_order_for_the_delta_rule():
     with pytest.raises(ValueError, match="^state: .*augmented-encoder"):
         install(model, PRESETS["augmented"])
     assert not hasattr(model.config, "linear_attention")
-
-
-def test_encoder_decoders_are_refused_by_name():
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
-    model = T5ForConditionalGeneration(AutoConfig.for_model("t5", **sizes))
-    with pytest.raises(UnsupportedModelError, match="T5Attention at .* is causal, unlike others"):
-        install(model, ENCODER)

@@ -10,10 +10,11 @@ from linearize.convert.models import LINEAR, train_only
 from linearize.convert.transfer import IMPLEMENTATION as TRANSFER
 from linearize.convert.transfer import AttentionTransfer
 from linearize.hub.export import export_model
+from linearize.layers.attending import UnsupportedModelError
 from linearize.layers.attention import LinearAttention
 from linearize.layers.cache import LinearCache
 from linearize.layers.config import PRESETS, LinearAttentionConfig
-from linearize.layers.seam import IMPLEMENTATION, UnsupportedModelError, install
+from linearize.layers.seam import IMPLEMENTATION, install
 from linearize.recipes.training import TransferSection
 
 from .families import FAMILIES, PAD, PARTLY_ROTARY, VOCAB, WITHOUT_ROTARY, tiny_model

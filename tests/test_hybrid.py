@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from linearize.hub.export import export_model
+from linearize.layers.attending import head_shapes
 from linearize.layers.cache import LinearCache, LinearCacheLayer
 from linearize.layers.config import PRESETS, LinearAttentionConfig
-from linearize.layers.seam import head_shapes, install
+from linearize.layers.seam import install
 from linearize.layers.tokens import PADDING
 
 from .families import PAD, tiny_model

@@ -17,7 +17,7 @@ from ..config import LinearAttentionConfig
 from ..tokens import Tokens, visible_keys
 from .chunked import Layout, attend_sequence, chunk_size, fold_sequence
 from .memory import Gates, State, far_values
-from .reference import Blocks, Weights, attend, contract, conv_band
+from .reference import Blocks, Weights, at_distance, attend, contract, conv_band, normalised  # noqa: F401
 
 # Modules of `fused`, where Triton is there; an exported model's copy gets the package's, as it gets backends.
 triton_kernels = SimpleNamespace(step=None, gated=None, features=None, rotate=None, layers=())

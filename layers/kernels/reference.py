@@ -195,17 +195,29 @@ def attend(
     out = g * contract(a, v) / _nonzero(a_sum)
     if not config.has_far:
         return out
-    if config.norm == "l2":
-        b_v = nn.functional.normalize(b_v, dim=-1, eps=EPS)
-    elif config.norm == "rms":
-        b_v = b_v * (b_v.square().mean(-1, keepdim=True) + EPS).rsqrt()
-    elif config.norm == "sum":
-        b_v = b_v / _nonzero(b_sum)
-    elif config.norm == "count":
-        # Positions are contiguous, so what is visible and not near is far, in hand or in the state.
+    # Positions are contiguous, so what is visible and not near is far, in hand or in the state.
+    count = None
+    if config.norm == "count":
         count = (q_position + 1 if counts is None else counts) - is_near.sum(-1)
-        b_v = b_v / count.clamp(min=1)[:, None, :, None]
-    return out + lam * b_v
+    return out + lam * normalised(b_v, b_sum, count, config.norm)
+
+
+def normalised(b_v: Tensor, b_sum: Tensor, count: Tensor | None, norm: str) -> Tensor:
+    """[N, H, Q, D_v] sums b_v of far values by their weights, divided as `norm` says.
+
+    Args:
+        b_sum: [N, H, Q, 1], of the weights alone.
+        count: [N, Q], far keys; for `norm: count`.
+    """
+    if norm == "l2":
+        return nn.functional.normalize(b_v, dim=-1, eps=EPS)
+    if norm == "rms":
+        return b_v * (b_v.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    if norm == "sum":
+        return b_v / _nonzero(b_sum)
+    if norm == "count":
+        return b_v / count.clamp(min=1)[:, None, :, None]
+    return b_v
 
 
 def _nonzero(denominator: Tensor) -> Tensor:
