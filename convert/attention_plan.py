@@ -10,7 +10,13 @@ from linearize.recipes.attention import KeepSection
 from linearize.recipes.schema import Recipe
 
 CONTEXTS = (2048, 8192, 32768, 131072)
-KINDS = {"causal-lm": "a causal language model", "masked-lm": "a masked language model", "encoder": "an encoder"}
+KINDS = {
+    "causal-lm": "a causal language model",
+    "masked-lm": "a masked language model",
+    "encoder": "an encoder",
+    "seq2seq-lm": "an encoder-decoder",
+    "sequence-classification": "a family that has classifiers",
+}
 BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -38,8 +44,8 @@ def linear(recipe: Recipe, model) -> dict:
             if found and (not field or getattr(found, field)):
                 raise ValueError(f"{name}: is about softmax attention, which FLASH has not; leave it out")
     modules, shapes = attention_modules(model), head_shapes(model)
-    is_encoder = recipe.model.head == "encoder"
-    if is_encoder == all(map(is_causal, modules.values())):
+    is_encoder, has_cache = recipe.model.head == "encoder", recipe.model.head == "causal-lm"
+    if (is_encoder or has_cache) and is_encoder == all(map(is_causal, modules.values())):
         other = "causal-lm" if is_encoder else "encoder"
         looks = "sees only what is before a token" if is_encoder else "sees what is behind a token"
         kind = KINDS[recipe.model.head]
@@ -52,7 +58,7 @@ def linear(recipe: Recipe, model) -> dict:
         raise ValueError(f"attention.{error}") from error
     item, layers = BYTES[recipe.model.dtype], model.linear_attentions()
     values = {index: getattr(module, "cached_dim", head_dim) for index, module in modules.items()}
-    held = (state_bytes(layer, is_rotary(modules[index]), item, values[index]) for index, layer in layers.items())
+    held = (state_bytes(layers[index], is_rotary(module), item, values[index]) for index, module in modules.items())
     per_token = kv_heads * sum(head_dim + size for size in values.values()) * item
     return {
         "layers": len(modules),
@@ -63,9 +69,8 @@ def linear(recipe: Recipe, model) -> dict:
         "kept_heads": sum(map(len, kept.values())),
         "kept_bytes": sum(kept_bytes(layer, item) for layer in layers.values()),
         "kept_tokens": recipe.attention.config.kept_tokens,
-        "state_bytes": sum(held),
-        # Encoders have no cache.
-        "kv_bytes": {} if is_encoder else {length: per_token * length for length in CONTEXTS},
+        "state_bytes": sum(held) if has_cache else 0,
+        "kv_bytes": {length: per_token * length for length in CONTEXTS} if has_cache else {},
     }
 
 

@@ -2,13 +2,12 @@
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorForLanguageModeling
 
 from linearize.convert.context import StageError
 from linearize.convert.data import with_labels
@@ -18,8 +17,6 @@ from linearize.recipes.training import Training
 # Parts of a sequence that are repeated further on, and the tokens of the shortest.
 REPEATED_PARTS = 4
 SHORTEST_PART = 16
-# Share of tokens that are predicted where tokens are masked, as BERT has it.
-MASKED = 0.15
 
 
 def draws(seed: int, purpose: str, index: int) -> random.Random:
@@ -98,26 +95,25 @@ class TrainingBatches(Dataset):
     and shuffled: a book would otherwise be read from cover to cover, and a stage that needs less would not get to the
     last one. Shorter phases cut them further. Where there are too few tokens, they repeat.
 
-    Items have `input_ids`, `position_ids` and `labels`, each [sequences, length].
+    Items have `input_ids`, `position_ids` and `labels`, each [sequences, length], or what `hide` makes of the tokens.
 
     Args:
         sources: token ids of each source's documents; no more of them are read than the stage needs.
         section: of the stage.
         seed: of the order, recall, facts and position offsets.
-        tokenizer: writes the facts, if `section.facts`, and masks tokens.
-        masked: 15% of the tokens are to be predicted from what is on both sides: `labels` has those, -100 elsewhere. In
-            their place, 80% are masked, 10% others (BERT's rule). A sequence is read as one, whatever documents are in
-            it (RoBERTa's FULL-SENTENCES).
+        tokenizer: writes the facts, if `section.facts`.
+        hide: what of a sequence is to be predicted (`hiding.Hiding`). It is read as one, whatever documents are in it
+            (RoBERTa's FULL-SENTENCES). None: every token, from those of its document before it.
 
     Raises:
         ValueError: there are fewer tokens than one sequence needs.
     """
 
     def __init__(
-        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, tokenizer=None, masked: bool = False
-    ):
-        self.section, self.seed, self.tokenizer = section, seed, tokenizer
-        self.masked = masked
+        self, sources: Sequence[Iterator[Tensor]], section: Training, seed: int, tokenizer=None,
+        hide: Callable[[Tensor, random.Random], dict[str, Tensor]] | None = None,
+    ):  # fmt: skip
+        self.section, self.seed, self.tokenizer, self.hide = section, seed, tokenizer, hide
         passes_per_step = section.batch_size * section.length // section.tokens_per_pass
         self.ends = [steps * passes_per_step for steps in accumulate(steps for steps, _ in section.phases)]
         documents = read_evenly(sources, self.ends[-1] * section.tokens_per_pass)
@@ -160,13 +156,9 @@ class TrainingBatches(Dataset):
         if choice.random() < self.section.facts:
             # Last, so that what is repeated breaks off no fact.
             input_ids, starts = plant_facts(input_ids, choice, self.tokenizer), torch.zeros_like(starts)
-        sequence = with_labels(input_ids, torch.zeros_like(starts) if self.masked else starts)
-        if self.masked:
-            # By the place alone, as all that is drawn.
-            masking = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MASKED)
-            masking.generator = torch.Generator().manual_seed(draws(self.seed, "masked", place).getrandbits(63))
-            masked, labels = masking.torch_mask_tokens(input_ids[None].clone())
-            sequence |= {"input_ids": masked[0], "labels": labels[0]}
+        if self.hide is not None:
+            return self.hide(input_ids, draws(self.seed, "masked", place))
+        sequence = with_labels(input_ids, starts)
         offset = draws(self.seed, "position_offset", place).randint(0, self.section.position_offset)
         sequence["position_ids"] = sequence["position_ids"] + offset
         return sequence

@@ -29,12 +29,14 @@ STAGE_INPUTS: dict[str, tuple[str, ...]] = {
     # Heads' errors are measured on held-out text, too, but for another one nobody trains again.
     "transfer": ("transfer", "data.train", "seed"),
     "finetune": ("finetune", "data.train", "seed"),
-    "medusa": ("medusa", "data", "evaluate.tokens", "seed"),
+    "medusa": ("medusa", "data.train", "data.heldout", "evaluate.tokens", "seed"),
     "evaluate": ("evaluate", "data.heldout"),
     "export": ("export", "name", "model.license", "model.license_link", "model.base_model"),
     "push": ("push",),
 }
 STAGES = tuple(STAGE_INPUTS)
+# Those that read data.
+READERS = ("transfer", "finetune", "evaluate")
 STATE = "state.json"
 OPTIONAL = ("transfer", "finetune", "medusa", "evaluate", "export", "push")
 
@@ -114,6 +116,11 @@ class Context:
             inputs["load"] += ("model.head",)
         if self.recipe.model.config is not None:
             inputs["load"] += ("model.config", "seed")
+        if self.recipe.model.head == "sequence-classification":
+            # Which classes there are, and the weights that tell them, at first.
+            inputs["load"] += ("model.labels", "data.train", "seed")
+        if self.recipe.data.has_examples:
+            inputs |= {name: (*inputs[name], "data.answer_length") for name in inputs if name in READERS}
         parts = {name: [_part(self.recipe.model_dump(), path) for path in paths] for name, paths in inputs.items()}
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         for file in sorted(_local_files(parts)):
@@ -131,6 +138,14 @@ class Context:
         from linearize.convert.data import Documents
 
         return [Documents(source, self.tokenizer) for source in self.recipe.data.train]
+
+    @cached_property
+    def labels(self):
+        """`examples.Labels` of a model that tells classes, else None."""
+        from linearize.convert.examples import Labels
+
+        names = self.state("load")["metrics"].get("labels")
+        return None if names is None else Labels(names)
 
     @property
     def device(self) -> torch.device:

@@ -1,9 +1,11 @@
 """From text and chat data to packed sequences of tokens."""
 
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -13,6 +15,13 @@ from linearize.convert.context import StageError
 from linearize.convert.sources import first_line
 from linearize.recipes.schema import BUILTIN_DATA, DataSource
 
+# What `datasets` reads them as; the values of .tsv files are not quoted, as GLUE's are not.
+FILE_KINDS = {
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
+}
 # ShareGPT's speakers; the other names (system, tool, ...) are those of chat templates already.
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -85,7 +94,8 @@ class Documents:
 def _present(source: DataSource, tokenizer) -> Iterator[str | list[dict]]:
     """Texts, and chats as messages with `role` and `content`, that are not blank."""
     empty = True
-    for value in _values(source):
+    for row in rows(source):
+        value = row[source.field]
         if not value or isinstance(value, str) and not value.strip():
             continue
         if isinstance(value, list) and isinstance(value[0], dict):
@@ -100,23 +110,29 @@ def _present(source: DataSource, tokenizer) -> Iterator[str | list[dict]]:
         raise ValueError(f"{source.source} has no documents")
 
 
-def _values(source: DataSource) -> Iterator[str | list | None]:
+def rows(source: DataSource) -> Iterator[dict[str, Any]]:
+    """Rows of a source, column -> value; pieces of a text file have the column that `source.field` names alone.
+
+    Raises:
+        ValueError: naming the column that is not there.
+    """
+    wanted = [name for name in (source.field, source.second, source.label, source.target) if name is not None]
     path = BUILTIN_DATA.get(source.source, Path(source.source).expanduser())
     if path.suffix == ".txt":
-        yield from path.read_text("utf-8").split("\f")
-        return
-
-    from datasets import load_dataset
-
-    if path.suffix in (".jsonl", ".parquet"):
-        kind = "json" if path.suffix == ".jsonl" else "parquet"
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        found = ({source.field: piece} for piece in path.read_text("utf-8").split("\f"))
     else:
-        rows = load_dataset(source.source, source.name, split=source.split, streaming=True)
-    for row in rows:
-        if source.field not in row:
-            raise ValueError(f"{source.source} has no field {source.field!r}; its fields are {', '.join(row)}")
-        yield row[source.field]
+        from datasets import load_dataset
+
+        if path.suffix in FILE_KINDS:
+            kind, options = FILE_KINDS[path.suffix]
+            found = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+        else:
+            found = load_dataset(source.source, source.name, split=source.split, streaming=True)
+    for row in found:
+        for name in wanted:
+            if name not in row:
+                raise ValueError(f"{source.source} has no field {name!r}; its fields are {', '.join(row)}")
+        yield row
 
 
 def _messages(value: list[dict], source: DataSource, tokenizer) -> list[dict]:

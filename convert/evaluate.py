@@ -11,9 +11,13 @@
     speed       size: length of the context -> `speed.speed`, of the teacher and the final model
     far_mass    size: length of the text -> `far_mass.far_mass`, of the same where linear heads divide their mass
     embedding   size: length of a text -> `encoders.embedding`, of encoders, of which nothing else is measured
+    classes, answers, rouge
+                size: where texts are cut -> the same of `example_measures`, of models that learn from examples, of
+                which nothing else is measured
 
 The file is written after every measurement, and an interrupted stage goes on behind the last one. Models between the
-first and the last are measured on `text` of the first length alone, ablations on `text` and `copying`.
+first and the last are measured by the first measure alone, ablations by those of `ABLATED`. A classifier that is new
+is measured when it has been trained.
 """
 
 import json
@@ -33,6 +37,7 @@ from linearize.convert import processes
 from linearize.convert.context import Artifact, Context, write_atomically
 from linearize.convert.data import token_stream
 from linearize.convert.encoders import edges, embed, encoder_measures
+from linearize.convert.example_measures import example_measures
 from linearize.convert.finetune import tune
 from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
@@ -42,6 +47,7 @@ from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
 from linearize.recipes.evaluation import EvaluateSection
+from linearize.recipes.model import Head
 
 RESULTS = "results.json"
 TUNED_STAGE = "evaluate/tuned_teacher"
@@ -51,6 +57,10 @@ ABLATIONS = {
     "linear only": frozenset({"linear"}),
     "conv off": BRANCHES - {"conv"},
 }
+# What shows cheaply what a branch is good for.
+ABLATED = ("text", "copying", "embedding", "classes", "answers")
+# Measures whose sizes are told with the tokens that they take.
+WHOLE = ("text", "embedding", "classes", "answers")
 # (group, model) as in the results -> what is measured on it.
 Schedule = dict[tuple[str, str], list[Measure]]
 
@@ -68,8 +78,8 @@ def ablations(model: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module]]:
 
 
 def final_schedule(name: str, measures: list[Measure]) -> Schedule:
-    """Everything for the final model, and for its ablations what shows the difference cheaply."""
-    ablated = [measure for measure in measures if measure.name in ("text", "copying", "embedding")]
+    """Everything for the final model, and `ABLATED` for its ablations."""
+    ablated = [measure for measure in measures if measure.name in ABLATED]
     return {("models", name): measures} | {("ablations", ablation): ablated for ablation in ABLATIONS}
 
 
@@ -79,12 +89,13 @@ def measure_all(
     """Results as at the top of this file, of models in turn; what `path` holds already is not measured again.
 
     Args:
-        models: the keys of `schedule`, each with a model in evaluation mode, made when it is asked for.
+        models: (group, name) and a model in evaluation mode, made when it is asked for; those that are not in
+            `schedule` are passed over.
     """
     results = {"tokens": {}, "models": {}, "ablations": {}}
     for (group, name), measures in schedule.items():
         results[group][name] = {}
-        whole = [measure for measure in measures if measure.name in ("text", "embedding")]
+        whole = [measure for measure in measures if measure.name in WHOLE]
         results["tokens"] |= {measure.size: measure.tokens for measure in whole}
     if path is not None and path.is_file():
         results = json.loads(path.read_text("utf-8"))
@@ -92,6 +103,8 @@ def measure_all(
     completed = 0
     with TokenProgress(console, total, 1) as bar:
         for (group, name), model in models:
+            if (group, name) not in schedule:
+                continue
             figures = results[group][name]
             for measure in schedule[group, name]:
                 if measure.size not in figures.get(measure.name, {}):
@@ -124,10 +137,10 @@ def tuned_teacher(context: Context) -> nn.Module:
     return model.to(context.device).eval()
 
 
-def baselines(own: LinearAttentionConfig, is_encoder: bool) -> dict[str, LinearAttentionConfig]:
-    """Name -> window + sinks alone: the published baseline, which is causal, and last the one at this recipe's own
-    window."""
-    configs = (window_alone(own),) if is_encoder else (PRESETS["swa"], window_alone(own))
+def baselines(own: LinearAttentionConfig, head: Head) -> dict[str, LinearAttentionConfig]:
+    """Name -> window + sinks alone: the published baseline, which is for causal models, and last the one at this
+    recipe's own window."""
+    configs = (PRESETS["swa"], window_alone(own)) if head == "causal-lm" else (window_alone(own),)
     return {f"{c.window} window {c.window_size} + {c.sinks} sinks, untrained": c for c in configs}
 
 
@@ -135,6 +148,8 @@ def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     recipe = context.recipe
     everything = [measure for measure in measures if measure.name not in ("far_mass", "speed")]
     names = [name for stage, name in NAMES.items() if stage in context.stages()]
+    if _is_new_classifier(context):
+        names = names[-1:]
     schedule = {}
     if _has_baselines(context):
         schedule["models", TEACHER] = measures
@@ -143,7 +158,7 @@ def _schedule(context: Context, measures: list[Measure]) -> Schedule:
     if recipe.evaluate.tuned_teacher:
         schedule["models", TUNED_TEACHER] = everything
     if _has_baselines(context):
-        *published, own = baselines(recipe.attention.config, recipe.model.head == "encoder")
+        *published, own = baselines(recipe.attention.config, recipe.model.head)
         schedule |= {("models", name): measures[:1] for name in published} | {("models", own): everything}
     *before, last = names
     schedule |= {("models", name): measures[:1] for name in before}
@@ -154,7 +169,12 @@ def _has_baselines(context: Context) -> bool:
     """Whether the model as it came is measured: random weights would be nobody's baseline."""
     untrained = context.recipe.model.config is not None
     alone = context.recipe.attention is None and context.recipe.finetune is None
-    return alone or context.recipe.evaluate.baselines and not untrained
+    wanted = context.recipe.evaluate.baselines and not untrained and not _is_new_classifier(context)
+    return alone or wanted
+
+
+def _is_new_classifier(context: Context) -> bool:
+    return context.state("load")["metrics"].get("new_classifier", False)
 
 
 def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
@@ -164,8 +184,7 @@ def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
     if _has_baselines(context):
         yield ("models", TEACHER), model
         if context.recipe.attention is not None:
-            is_encoder = context.recipe.model.head == "encoder"
-            for name, config in baselines(context.recipe.attention.config, is_encoder).items():
+            for name, config in baselines(context.recipe.attention.config, context.recipe.model.head).items():
                 yield ("models", name), install(model, config)
     for stage, converted in stages_of(context, model):
         if stage == "load":
@@ -179,9 +198,12 @@ def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
 
 def run(context: Context) -> Artifact:
     recipe = context.recipe
-    stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
     # The plan has refused what the model's positions do not allow.
-    if recipe.model.head == "encoder":
+    if not recipe.data.has_examples:
+        stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
+    if recipe.data.has_examples:
+        measures = example_measures(context)
+    elif recipe.model.head == "encoder":
         # Of each length once: the texts that models share are the same tensor.
         teacher = cache(lambda rows: embed(softmax_model(context).to(context.device), rows))
         measures = encoder_measures(recipe.evaluate, stream, edges(context.tokenizer), None, teacher)

@@ -82,10 +82,10 @@ def find(
     exported = Exported(model, file.parent, "linear_attention" in config, "medusa" in config)
     if linear and not exported.is_linear:
         raise StageError(f"{model}: is not a linearized model; run linearize convert first")
-    if exported.is_linear and "AutoModelForCausalLM" not in config.get("auto_map", {}):
+    auto = [name for name in config.get("auto_map", {}) if name != "AutoConfig"]
+    if exported.is_linear and auto != ["AutoModelForCausalLM"]:
         raise StageError(
-            f"{model}: is an encoder, which writes no text and is measured beside its teacher alone, by its recipe; "
-            "transformers' AutoModel loads it"
+            f"{model}: does not go on with a text, and is measured by its recipe; transformers' {auto[0]} loads it"
         )
     if heads and not exported.has_heads:
         raise StageError(f"{model}: has no Medusa heads; convert it with a medusa section, or leave --speculative out")

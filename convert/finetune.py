@@ -1,4 +1,4 @@
-"""Stage finetune: the converted model end to end, by LoRA or in full, on next tokens and/or its softmax self."""
+"""Stage finetune: the converted model end to end, by LoRA or in full, on labels and/or its softmax self."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from linearize.convert.chunks import Chunks, recompute_blocks
 from linearize.convert.context import Artifact, Context
 from linearize.convert.encoders import edges, framed
+from linearize.convert.examples import IGNORED
 from linearize.convert.models import LINEAR, model_after, prepare_finetune, trainable
 from linearize.convert.objectives import relative_error
 from linearize.convert.training import label_weights, train
@@ -22,30 +23,38 @@ from linearize.recipes.schema import FinetuneSection
 TOKENS_AT_ONCE = 256
 
 
-class NextTokenAndDistillation:
-    """`next_token` * cross-entropy of next (or masked) tokens + `distill` * KL(teacher || student).
+class LabelsAndDistillation:
+    """`next_token` * cross-entropy of labels + `distill` * KL(teacher || student).
 
     The teacher is the same model with adapters off and softmax attention on: no second copy is loaded. It reads whole
     sequences: where the student goes through them chunk by chunk, all of the teacher's logits wait for it.
+
+    Args:
+        next_tokens: labels are those of the tokens that the model reads, and of each the next one is told. Otherwise
+            they are what is told: of each token, or of each text.
     """
 
     is_local = False
 
-    def __init__(self, section: FinetuneSection, masked: bool = False):
-        self.section, self.masked, self.calls_backward, self.parts = section, masked, section.chunk is not None, {}
+    def __init__(self, section: FinetuneSection, next_tokens: bool = True):
+        self.section, self.next_tokens = section, next_tokens
+        self.calls_backward, self.parts = section.chunk is not None, {}
 
     def loss(self, model, batch, accumulation, step):
-        inputs, labels = {name: batch[name] for name in ("input_ids", "position_ids")}, batch["labels"]
-        if not self.masked:
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        labels = batch["labels"]
+        if self.next_tokens:
             inputs["use_cache"] = False
             # The logits of the last token have no label.
-            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        elif labels.dim() == 1:
+            labels = labels[:, None]
         weights = label_weights(labels)
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)
         teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else None
         if self.section.chunk is None:
-            return self._weighted(model(**inputs).logits, teacher, labels, weights)
+            return self._weighted(model(**inputs).logits.view(*labels.shape, -1), teacher, labels, weights)
 
         def share(logits: Tensor, place: slice) -> Tensor:
             part = None if teacher is None else teacher[:, place]
@@ -76,7 +85,8 @@ class NextTokenAndDistillation:
 
     def _teacher_logits(self, model, inputs):
         with softmax_self(model, inputs["input_ids"].device, self.section.bf16) as teacher:
-            return teacher(**inputs).logits
+            logits = teacher(**inputs).logits
+            return logits if logits.dim() == 3 else logits[:, None]
 
 
 class HiddenStates:
@@ -133,7 +143,7 @@ def tune(context: Context, stage: str, model: nn.Module) -> tuple[nn.Module, lis
         model.enable_input_require_grads()
     attention_lr = section.attention_lr or section.lr
     learning_rates = {value: attention_lr for name, value in trainable(model).items() if LINEAR in name}
-    objective = NextTokenAndDistillation(section, context.recipe.model.head == "masked-lm")
+    objective = LabelsAndDistillation(section, context.recipe.model.head == "causal-lm")
     if context.recipe.model.head == "encoder":
         objective = HiddenStates(section, edges(context.tokenizer))
     steps = train(context, stage, model, objective, section, learning_rates)

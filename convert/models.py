@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,7 @@ from linearize.convert import sources
 from linearize.convert.context import STAGES, Context, StageError, put
 from linearize.convert.keep import named_heads
 from linearize.hub.saved import check_saved
-from linearize.layers.attending import head_shapes
+from linearize.layers.attending import head_shapes, is_encoder_decoder
 from linearize.layers.seam import install
 from linearize.recipes.schema import FinetuneSection
 
@@ -98,10 +98,18 @@ def kept_heads(context: Context, model: PreTrainedModel) -> dict[int, tuple[int,
 
 
 def with_adapters(model: PreTrainedModel, section: FinetuneSection) -> PeftModel:
-    """`model` with LoRA adapters, which alone are trainable."""
-    task = "FEATURE_EXTRACTION" if getattr(model, "is_encoder", False) else "CAUSAL_LM"
-    config = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type=task)
+    """`model` with LoRA adapters, which alone are trainable, but for what tells classes."""
+    config = LoraConfig(r=section.rank, lora_alpha=section.alpha, target_modules=section.targets, task_type=task(model))
     return get_peft_model(model, config)
+
+
+def task(model: PreTrainedModel) -> TaskType:
+    """What PEFT is to know of a model."""
+    if type(model).__name__.endswith(sources.CLASSIFIER):
+        return TaskType.SEQ_CLS
+    if is_encoder_decoder(model):
+        return TaskType.SEQ_2_SEQ_LM
+    return TaskType.FEATURE_EXTRACTION if getattr(model, "is_encoder", False) else TaskType.CAUSAL_LM
 
 
 @contextmanager
@@ -136,7 +144,9 @@ def prepare_finetune(model: PreTrainedModel, section: FinetuneSection) -> nn.Mod
                 f"finetune.targets: this model has no module named {target}; it has {', '.join(sorted(names))}"
             )
     model = with_adapters(model, section)
-    train_only(model, lambda name: "lora_" in name or (section.train_attention and LINEAR in name))
+    # A new classifier, which adapters would not train, is saved with them.
+    wanted = ("lora_", "modules_to_save", *([LINEAR] if section.train_attention else []))
+    train_only(model, lambda name: any(part in name for part in wanted))
     return model
 
 

@@ -68,6 +68,16 @@ class Example:
     sliding_window: int | None
     branches: frozenset[str] = BRANCHES
 
+    @property
+    def crosses(self) -> bool:
+        """Whether the keys are those of another sequence."""
+        return self.module.linear_attention.crosses
+
+    @property
+    def segments(self) -> Tensor | None:
+        """[B, T] of the queries, which are not told where the keys are another sequence's."""
+        return None if self.crosses else self.inputs.segments
+
     def output(self, branches: frozenset[str]) -> Tensor:
         """[B, T, H, D_v] of the layer."""
         with only(self.module.linear_attention, branches):
@@ -141,12 +151,12 @@ def relative_error(output: Tensor, target: Tensor, segments: Tensor | None) -> T
 
 def output_mse(example: Example) -> Tensor:
     """Relative squared error of the output (LoLCATs, arXiv 2410.10254, made independent of the layer's scale)."""
-    return relative_error(example.output(example.branches), example.target, example.inputs.segments)
+    return relative_error(example.output(example.branches), example.target, example.segments)
 
 
 def linear_mse(example: Example) -> Tensor:
     """The same of the linear branch alone. What sees nothing far has no output there and counts as an error of 1."""
-    return relative_error(example.output(frozenset({"linear"})), example.target, example.inputs.segments)
+    return relative_error(example.output(frozenset({"linear"})), example.target, example.segments)
 
 
 def weights_kl(example: Example) -> Tensor:

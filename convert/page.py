@@ -16,7 +16,7 @@ from linearize.convert.context import STAGES, StageError, read_state, write_atom
 from linearize.convert.pipeline import RESOLVED
 from linearize.convert.plan import PLAN, Plan, count_text, load_plan, memory_by_context, size_text
 from linearize.hub.figures import COLOURS, describe, drawings, svg
-from linearize.hub.measured import chosen_tree, columns, converted, ratio, reference, rows
+from linearize.hub.measured import chosen_tree, columns, converted, of_examples, ratio, reference, rows
 
 REPORT = "report.html"
 # Of which the page's first lines tell how much memory it takes.
@@ -160,6 +160,8 @@ def _headline(run: Run) -> Iterator[tuple[str, str]]:
                 yield f"{times:.2f} ×", f"perplexity of the {teacher}, in windows of {length} tokens"
         for length, cosine in evaluated["models"][name].get("embedding", {}).items():
             yield f"{cosine['mean']:.3f}", f"cosine to the teacher's mean hidden state, of texts of {length} tokens"
+        for column, cell in of_examples(evaluated["models"][name]).items():
+            yield cell, f"{column}, on held-out examples"
         for size, figures in evaluated["models"][name].get("copying", {}).items():
             beside = ""
             if teacher and size in evaluated["models"][teacher].get("copying", {}):

@@ -17,6 +17,8 @@ from linearize.convert.chunks import cannot_carry
 from linearize.convert.context import Context, StageError, write_atomically
 from linearize.convert.data import check_tokenizer, documents, packed, problems_named, prompts, token_stream
 from linearize.convert.encoders import edges, embed, encoder_measures
+from linearize.convert.examples import Labels, class_names, read_examples
+from linearize.convert.hiding import hiding
 from linearize.convert.measures import make_measures, position_limit
 from linearize.convert.models import LINEAR, prepare_finetune, train_only, trainable
 from linearize.convert.reporting import check_reporting
@@ -102,6 +104,8 @@ def _make_plan(recipe: Recipe) -> Plan:
     else:
         source = sources.locate(recipe.model.source, recipe.model.revision)
         config = sources.load_config(source)
+    if names := class_names(recipe):
+        config.id2label = dict(enumerate(names))
     model = _empty_model(recipe, config)
     text = config.get_text_config(decoder=True)
     parameters = sum(p.numel() for p in model.parameters())
@@ -256,6 +260,8 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
                 f"{stage}.position_offset: {section.position_offset} and a length of {section.longest} are more than "
                 f"the {known} positions that the model knows"
             )
+    if recipe.evaluate is not None and recipe.data.has_examples:
+        want("evaluate.lengths", "heldout", max(recipe.evaluate.lengths))
     if recipe.transfer is not None:
         # Any text will do for the heads' errors.
         wanted.append(("heldout", 1))
@@ -265,15 +271,22 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
         sources, lengths = getattr(recipe.data, data), [length for of, length in wanted if of == data]
         if not lengths:
             continue
+        if recipe.data.has_examples:
+            names = class_names(recipe)
+            read_examples(f"data.{data}", recipe.data, tokenizer, max(lengths), names and Labels(names), len(sources))
+            continue
         with problems_named(f"data.{data}", sources):
             for source in sources:
                 next(documents(source, tokenizer, GLANCE))
+            if data == "train":
+                # Raises where the tokenizer cannot.
+                hiding(recipe.model.head, tokenizer, config)
         packed(f"data.{data}", sources, tokenizer, max(lengths), 1)
     if recipe.medusa is not None:
         with problems_named("medusa.prompts", recipe.medusa.prompts):
             for source in recipe.medusa.prompts:
                 next(prompts(source, tokenizer))
-    if recipe.evaluate is not None:
+    if recipe.evaluate is not None and not recipe.data.has_examples:
         stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, recipe.evaluate.tokens)
         try:
             if recipe.model.head == "encoder":

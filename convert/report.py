@@ -6,7 +6,7 @@ from heapq import nlargest
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from linearize.hub.measured import TEACHER, TUNED_TEACHER
+from linearize.hub.measured import TEACHER, TUNED_TEACHER, of_examples
 
 TOP_HEADS = 5
 
@@ -21,6 +21,9 @@ def _tables(results: dict) -> Iterator[RenderableType]:
     if any("embedding" in figures for figures in measured):
         title = "cosine of mean hidden states to the teacher's, by length of the text (and of the 5% that are furthest)"
         yield _table(results, title, _cosines)
+        return
+    if any("classes" in figures or "answers" in figures for figures in measured):
+        yield _table(results, "held-out examples", of_examples)
         return
     teachers = {"x teacher": TEACHER, "x finetuned teacher": TUNED_TEACHER}
     teachers = {title: results["models"][name]["text"] for title, name in teachers.items() if name in results["models"]}

@@ -16,6 +16,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,7 +27,14 @@ import linearize.layers.flash  # noqa: F401  (a family that transformers is to k
 from linearize.recipes.model import Head, ModelSection, package_file
 
 # What loads a model by what it ends in.
-AUTO_CLASSES = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "encoder": AutoModel,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+CLASSIFIER = "ForSequenceClassification"
 
 # What reading a model that is not there, or damaged, ends in.
 READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
@@ -33,6 +42,8 @@ READ_ERRORS = (OSError, ValueError, KeyError, struct.error)
 # Embeddings of other sizes make for slow products on GPUs.
 VOCABULARY_MULTIPLE = 64
 MASK = "<mask>"
+# Stands for the first span that is hidden of a text, and so on; as many as T5 has.
+SENTINEL, SENTINELS = "<extra_id_{}>", 100
 
 CARD = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
@@ -109,6 +120,25 @@ def new_config(model: ModelSection, tokenizer) -> PreTrainedConfig:
         raise ValueError(f"model.config: {first_line(error)}") from error
 
 
+def trained_classes(config: PreTrainedConfig) -> list[str] | None:
+    """Names of the classes that a model has been trained to tell, or None."""
+    if not any(name.endswith(CLASSIFIER) for name in config.architectures or []):
+        return None
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def fit_to_examples(config: PreTrainedConfig, tokenizer, labels: list[str] | None) -> None:
+    """Put in a configuration what batches of examples need and it may lack: a token that pads, the one that answers
+    begin with, and the classes."""
+    if config.pad_token_id is None:
+        pads = tokenizer.pad_token_id
+        config.pad_token_id = (tokenizer.eos_token_id or 0) if pads is None else pads
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    if labels is not None:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+
+
 def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedModel:
     """A model with random weights, in fp32."""
     torch.manual_seed(seed)
@@ -116,7 +146,7 @@ def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedMode
 
 
 def tokenizer_of(model: ModelSection):
-    """`load_tokenizer`, with a token that masks others if the model is to predict such: a new one, where it is new.
+    """`load_tokenizer`, with tokens that stand for what a model is to predict, where it is: new ones, where it is new.
 
     Raises:
         ValueError: as `load_tokenizer`, or a model with weights has no such token.
@@ -126,6 +156,8 @@ def tokenizer_of(model: ModelSection):
         if model.config is None:
             raise ValueError("model.head: the model's tokenizer has no token that masks others; use head: causal-lm")
         tokenizer.add_special_tokens({"mask_token": MASK})
+    if model.head == "seq2seq-lm" and model.config is not None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [SENTINEL.format(i) for i in range(SENTINELS)]})
     return tokenizer
 
 
@@ -179,7 +211,7 @@ def check_weights(directory: Path) -> None:
 
 def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) -> PreTrainedModel:
     """The softmax model in evaluation mode, dense weights in `dtype`, on the CPU, or where `placing` has
-    `from_pretrained` put them (`device_map`, ..).
+    `from_pretrained` put them (`device_map`, ..). A classifier that has not been trained is one with random weights.
 
     Raises:
         ValueError: when weights are missing or of another shape; OSError: when files are.
@@ -191,11 +223,13 @@ def load_model(source: Source, dtype: str, head: Head = "causal-lm", **placing) 
     if head == "encoder" and missing and all(key.startswith("pooler.") for key in missing):
         # What was trained on masked tokens has none, and hidden states do without.
         model.pooler, missing = None, []
+    if head == "sequence-classification" and trained_classes(load_config(source)) is None:
+        missing = [key for key in missing if key.startswith(model.base_model_prefix) and ".pooler." not in key]
     if missing:
         raise ValueError(f"{source.path} has no fitting weights for {sorted(missing)[0]} ({len(missing)} in all)")
     if source.gguf:
         # transformers keeps regarding what came out of a GGUF file as quantized, and refuses to save it.
-        dense = AUTO_CLASSES[head].from_config(load_config(source), dtype=dtype)
+        dense = AUTO_CLASSES[head].from_config(placing.get("config") or load_config(source), dtype=dtype)
         dense.load_state_dict(model.state_dict())
         dense.generation_config = model.generation_config
         model = dense

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import ParallelMode
@@ -18,6 +19,8 @@ from linearize.convert import checkpoints, processes, zero
 from linearize.convert.batches import TrainingBatches, shared
 from linearize.convert.context import Context, StageError
 from linearize.convert.data import problems_named
+from linearize.convert.examples import ExampleBatches, read_examples
+from linearize.convert.hiding import hiding
 from linearize.convert.models import load_weights, save_weights, trainable
 from linearize.convert.progress import TokenProgress
 from linearize.convert.reporting import reporters
@@ -211,10 +214,7 @@ def train(
             f"{stage}: {checkpoint.name} is of {before} processes, and DeepSpeed's parts of it fit no other number, "
             f"{processes.count()} for one; use --gpus {before}, or --from {stage.split('/')[0]} to start again"
         )
-    with problems_named("data.train", context.recipe.data.train):
-        sources = [iter(source) for source in documents or context.training_documents]
-        masked = context.recipe.model.head == "masked-lm"
-        data = TrainingBatches(sources, section, context.recipe.seed, context.tokenizer, masked)
+    data = _batches(context, model, section, documents)
     trained = model
     if objective.is_local:
         # The rest of the model is no business of Trainer's, which would move and wrap it.
@@ -244,6 +244,20 @@ def train(
             progress.stop()
         save_trainable(model, directory)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _batches(
+    context: Context, model: nn.Module, section: Training, documents: Sequence[Iterable[Tensor]] | None
+) -> Dataset:
+    recipe = context.recipe
+    if recipe.data.has_examples and documents is None:
+        count = section.steps * section.batch_size * processes.count()
+        some = read_examples("data.train", recipe.data, context.tokenizer, section.length, context.labels, count)
+        return ExampleBatches(some, section, recipe.seed, model.config)
+    with problems_named("data.train", recipe.data.train):
+        sources = [iter(source) for source in documents or context.training_documents]
+        hide = hiding(recipe.model.head, context.tokenizer, model.config)
+        return TrainingBatches(sources, section, recipe.seed, context.tokenizer, hide)
 
 
 def _arguments(context: Context, stage: str, objective: Objective, section: Training) -> TrainingArguments:

@@ -19,7 +19,7 @@ from statistics import fmean
 import torch
 from accelerate.utils import get_max_memory
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from linearize.convert import processes, zero
@@ -28,10 +28,13 @@ from linearize.convert.blocks import Blocks
 from linearize.convert.context import Artifact, Context
 from linearize.convert.data import token_stream
 from linearize.convert.encoders import edges, framed
+from linearize.convert.examples import collated, read_examples
+from linearize.convert.hiding import hiding
 from linearize.convert.models import LINEAR, model_after, softmax_model, train_only
 from linearize.convert.objectives import OBJECTIVES, Example, softmax_mask
 from linearize.convert.probes import windows
 from linearize.convert.training import train
+from linearize.layers.attending import is_encoder_decoder
 from linearize.layers.attention import BRANCHES
 from linearize.layers.bias import bias_of_pairs
 from linearize.layers.seam import IMPLEMENTATIONS, Inputs, segments_mask, softmax_of_states, take_inputs
@@ -91,8 +94,10 @@ class Task:
 
     def __call__(self, example: Example) -> None:
         example = replace(example, branches=self.branches)
+        # What attends to another sequence has no window, and its output is all that there is to learn.
+        objectives = {"output_mse": 1.0} if example.crosses else self.objectives
         with torch.enable_grad():
-            loss = sum(weight * OBJECTIVES[name](example) for name, weight in self.objectives.items())
+            loss = sum(weight * OBJECTIVES[name](example) for name, weight in objectives.items())
             if loss.requires_grad:
                 (loss / self.accumulation).backward()
         self.losses.append(loss.detach())
@@ -161,14 +166,11 @@ class AttentionTransfer:
         self.parts = {}
 
     def loss(self, model, batch, accumulation, step):
-        ids, positions = batch["input_ids"], batch["position_ids"]
+        ids = batch["input_ids"]
         if self.around is not None:
-            ids = framed(ids, self.around)
+            batch = batch | {"input_ids": framed(ids, self.around)}
         rows = len(ids) if self.blocks is None else self.section.tokens_per_pass // ids.shape[1]
-        passes = [
-            _reading(model, ids, positions)
-            for ids, positions in zip(ids.split(rows), positions.split(rows), strict=True)
-        ]
+        passes = _readings(model, batch, rows)
         layers = model.linear_attentions()
         for index, layer in layers.items():
             _, steps = self.section.layer(index)
@@ -177,7 +179,7 @@ class AttentionTransfer:
                 layer.task = Task(self.section.objectives.active, self._branches(step), accumulation * len(passes))
         if self.blocks is None:
             with torch.no_grad():
-                model.base_model(**passes[0])
+                _reader(model)(**passes[0])
         else:
             self.blocks.run(passes)
         losses = {
@@ -195,11 +197,19 @@ class AttentionTransfer:
         return BRANCHES - {"local"} if dropped else BRANCHES
 
 
-def _reading(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> dict[str, Tensor | bool]:
-    """Arguments of a pass through the base model. Encoders count positions themselves, and not all are told them."""
-    if model.is_encoder:
-        return {"input_ids": ids}
-    return {"input_ids": ids, "position_ids": positions, "use_cache": False}
+def _reader(model: PreTrainedModel) -> nn.Module:
+    """What goes through all layers: no logits are asked for, but some encoder-decoders make of a text what both of
+    their parts read."""
+    return model if is_encoder_decoder(model) else model.base_model
+
+
+def _readings(model: PreTrainedModel, batch: dict[str, Tensor], rows: int) -> list[dict[str, Tensor | bool]]:
+    """Arguments of passes through `_reader`, of so many rows of a batch each. Encoders count positions themselves,
+    and not all are told them."""
+    left_out = {"labels", "position_ids"} if model.is_encoder else {"labels"}
+    parts = {name: x.split(rows) for name, x in batch.items() if name not in left_out}
+    rest = {} if model.is_encoder else {"use_cache": False}
+    return [dict(zip(parts, values, strict=True)) | rest for values in zip(*parts.values(), strict=True)]
 
 
 @contextmanager
@@ -243,16 +253,32 @@ def losses_of_layers(steps: list[dict[str, float]]) -> dict[str, list[float]]:
     return dict(losses)
 
 
-def held_out(context: Context) -> Tensor:
-    """[N, T] windows of held-out text, of the stage's length, or one of all that there is."""
-    length, sources = context.recipe.transfer.length, context.recipe.data.heldout
-    stream = token_stream("data.heldout", sources, context.tokenizer, HELD_OUT * length)
-    return windows(stream, min(length, len(stream)))
+def held_out(context: Context, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A batch of `HELD_OUT` held-out sequences as the stage reads them, or of one of all the text that there is.
+
+    Args:
+        config: of the model.
+    """
+    recipe, tokenizer = context.recipe, context.tokenizer
+    length = recipe.transfer.length
+    if recipe.data.has_examples:
+        some = read_examples("data.heldout", recipe.data, tokenizer, length, context.labels, HELD_OUT)
+        return collated(some, config)
+    stream = token_stream("data.heldout", recipe.data.heldout, tokenizer, HELD_OUT * length)
+    ids = windows(stream, min(length, len(stream)))
+    if recipe.model.head == "encoder":
+        ids = framed(ids, edges(tokenizer))
+    if hide := hiding(recipe.model.head, tokenizer, config):
+        sequences = [hide(row, draws(recipe.seed, "held out", number)) for number, row in enumerate(ids)]
+        return {name: torch.stack([sequence[name] for sequence in sequences]) for name in sequences[0]}
+    return {"input_ids": ids, "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
 
 
-def errors_of_heads(model: PreTrainedModel, ids: Tensor, blocks: Blocks | None = None) -> dict[str, list[float]]:
-    """Layer index -> of each query head, kept ones included, the squared error of its output on `ids` [N, T] relative
-    to the softmax output, which every layer hears. All processes measure the same, as ZeRO-3 has it.
+def errors_of_heads(
+    model: PreTrainedModel, batch: dict[str, Tensor], blocks: Blocks | None = None
+) -> dict[str, list[float]]:
+    """Layer index -> of each query head, kept ones included, the squared error of its output on `batch` relative to the
+    softmax output, which every layer hears. All processes measure the same, as ZeRO-3 has it.
 
     Args:
         model: under `IMPLEMENTATION`; blocks: as in `AttentionTransfer`.
@@ -260,27 +286,24 @@ def errors_of_heads(model: PreTrainedModel, ids: Tensor, blocks: Blocks | None =
     layers = model.linear_attentions()
     for layer in layers.values():
         layer.task = HeadErrors()
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     # One by one, as no step takes less memory.
-    passes = [_reading(model, row[None], positions) for row in ids]
+    passes = _readings(model, batch, 1)
     if blocks is not None:
         blocks.run(passes)
     else:
         with torch.no_grad():
             for inputs in passes:
-                model.base_model(**inputs)
+                _reader(model)(**inputs)
     return {str(index): layer.task.relative.tolist() for index, layer in layers.items()}
 
 
 def run(context: Context) -> Artifact:
     section, seed = shared("transfer", context.recipe.transfer, processes.count()), context.recipe.seed
-    # What is wrong with these is said before hours of training.
-    ids, around = held_out(context).to(context.device), None
-    if context.recipe.model.head == "encoder":
-        around = edges(context.tokenizer)
-        ids = framed(ids, around)
+    around = edges(context.tokenizer) if context.recipe.model.head == "encoder" else None
     with frozen_model(context) as softmax:
         model = model_after(context, "install", softmax)
+        # What is wrong with these is said before hours of training.
+        measured = {name: x.to(context.device) for name, x in held_out(context, model.config).items()}
         train_only(model, lambda name: LINEAR in name)
         model.set_attn_implementation(IMPLEMENTATION)
         layers = model.linear_attentions()
@@ -301,7 +324,7 @@ def run(context: Context) -> Artifact:
             if getattr(layer, "task", None) is not None
         }
         with torch.autocast(context.device.type, torch.bfloat16, enabled=section.bf16):
-            errors = errors_of_heads(model, ids, blocks)
+            errors = errors_of_heads(model, measured, blocks)
     metrics = {
         "loss": [step["loss"] for step in steps],
         "last_loss_of_layer": last,

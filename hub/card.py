@@ -42,8 +42,7 @@ def model_card(recipe: Recipe, metrics: dict, figures: dict[str, Figure] | None 
         columns=columns(table),
         converted=converted(evaluated) if evaluated else None,
         data=[(data, hub_dataset(data), data_name(data)) for data in recipe.data.train],
-        is_encoder=recipe.model.head == "encoder",
-        is_masked=recipe.model.head == "masked-lm",
+        head=recipe.model.head,
         limits=list(_limits(recipe, metrics)),
         medusa=medusa,
         linear=recipe.attention is not None,
@@ -79,8 +78,7 @@ def imported_card(
         base=on_hub,
         base_name=Path(base).name,
         checkpoints=[Path(path).name if Path(path).exists() else path for path in checkpoints],
-        is_encoder=False,
-        is_masked=False,
+        head="causal-lm",
         linear=True,
         medusa=None,
         memory=_memory(published.kept, published.config.kept_window),
@@ -110,8 +108,12 @@ def _cost(recipe: Recipe, metrics: dict) -> str:
     """What linear attention takes; nothing of a model that has none."""
     if recipe.attention is None:
         return ""
-    if recipe.model.head == "encoder":
+    if recipe.model.head in ("encoder", "sequence-classification"):
         return "time and memory are linear in length."
+    if recipe.model.head == "seq2seq-lm":
+        kept = ", but for what the decoder sees of the text, which stays softmax"
+        kept = kept if recipe.attention.cross == "softmax" else ""
+        return f"time is linear in the length of the text and of the answer{kept}."
     return _memory(metrics["install"]["kept_heads"], recipe.attention.kept_window)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 TEACHER = "teacher (softmax)"
 TUNED_TEACHER = "teacher (softmax), finetuned alike"
+# What a model that is measured at all is measured by, one of them.
+FIRST = ("text", "embedding", "classes", "answers")
 # measure -> what its size counts.
 SHARES = {"copying": "tokens", "passkey": "tokens", "recall": "pairs"}
 
@@ -47,7 +49,7 @@ def ratio(results: dict, name: str, length: str) -> float | None:
 
 def rows(results: dict) -> list[Row]:
     """Perplexity by length of the window, with its ratio to the teacher's in brackets, and shares of what was asked; of
-    encoders, cosines to the teacher's by length of the text."""
+    encoders, cosines to the teacher's by length of the text; of models that learn from examples, how they do those."""
     teacher = reference(results)
     compared = results["models"][teacher].get("text", {}) if teacher else {}
 
@@ -55,6 +57,7 @@ def rows(results: dict) -> list[Row]:
         row = {}
         for length, cosine in figures.get("embedding", {}).items():
             row[f"cosine @{length}"] = f"{cosine['mean']:.3f}"
+        row |= of_examples(figures)
         for length, text in figures.get("text", {}).items():
             cell = f"{text['perplexity']:.2f}"
             if length in compared:
@@ -70,8 +73,20 @@ def rows(results: dict) -> list[Row]:
         for group in ("models", "ablations")
         for name, figures in results[group].items()
         # An ablation of what a model has not is not measured.
-        if figures.get("text") or figures.get("embedding")
+        if any(figures.get(name) for name in FIRST)
     ]
+
+
+def of_examples(figures: dict) -> dict[str, str]:
+    """Cells of what was measured on examples, column -> figure."""
+    row = {}
+    for told in figures.get("classes", {}).values():
+        row["accuracy"] = f"{told['accuracy']:.1%}"
+    for told in figures.get("answers", {}).values():
+        row["perplexity of answers"] = f"{told['perplexity']:.2f}"
+    for told in figures.get("rouge", {}).values():
+        row |= {f"ROUGE-{name.removeprefix('rouge')}": f"{100 * share:.1f}" for name, share in told.items()}
+    return row
 
 
 def columns(table: list[Row]) -> list[str]:

@@ -20,7 +20,13 @@ LICENSES = frozenset((Path(__file__).parent / "licenses.txt").read_text("utf-8")
 
 
 # The Hub's names for what models are for.
-TASKS = {"causal-lm": "text-generation", "masked-lm": "fill-mask", "encoder": "feature-extraction"}
+TASKS = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "encoder": "feature-extraction",
+    "seq2seq-lm": "text2text-generation",
+    "sequence-classification": "text-classification",
+}
 
 
 def base_model(recipe: Recipe) -> str | None:

@@ -220,7 +220,5 @@ PRESETS |= {
 def window_alone(config: LinearAttentionConfig) -> LinearAttentionConfig:
     """The near branch of `config` and nothing else; the published window where it has none."""
     own = config if config.window is not None else PRESETS["swa"]
-    # Without sinks it makes no difference from where they are seen.
-    distance = own.sink_distance if own.sinks else PRESETS["swa"].sink_distance
-    kept = {"window": own.window, "window_size": own.window_size, "sinks": own.sinks, "sink_distance": distance}
-    return replace(PRESETS["swa"], **kept)
+    kept = ("window", "window_size", "sinks", "sink_distance")
+    return replace(PRESETS["swa"], **{name: getattr(own, name) for name in kept})

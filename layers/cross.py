@@ -26,15 +26,17 @@ class CrossAttention(nn.Module):
         ValueError: `config` has no feature map.
     """
 
-    causal, crosses, kept, rotates = False, True, (), False
+    # As those of a `LinearAttention`; it has no branches to switch off.
+    causal, crosses, kept, rotates, branches = False, True, (), False, frozenset()
 
     def __init__(self, config: LinearAttentionConfig, heads: int, kv_heads: int, head_dim: int):
         super().__init__()
         if config.feature_map is None:
             raise ValueError("cross: linear needs a feature_map, and this attention has none; use cross: softmax")
-        self.config, self.heads, self.kv_heads = config, heads, kv_heads
+        self.config, self.heads, self.kv_heads, self.head_dim = config, heads, kv_heads, head_dim
         feature_map, size = FEATURE_MAPS[config.feature_map], (config.feature_dim, config.feature_expansion)
         self.phi_q, self.phi_k = feature_map(heads, head_dim, *size), feature_map(kv_heads, head_dim, *size)
+        self.features = self.phi_k.dim
         self.norm = "sum" if config.combine == "shared" else config.norm
         # The seam's notes, as those of `LinearAttention`.
         self.call = self.watch = None
@@ -64,7 +66,7 @@ class CrossAttention(nn.Module):
         return normalised(far[..., :-1], far[..., -1:], count, self.norm).to(q.dtype)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, features={self.phi_k.dim}, norm={self.norm}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, features={self.features}, norm={self.norm}"
 
 
 class CrossCacheLayer(CacheLayerMixin):

@@ -19,7 +19,9 @@ class EvaluateSection(Section):
 
     Attributes:
         tokens: of held-out text, from which everything is made.
-        lengths: of the windows in which perplexity is measured; models in between are measured at the first alone.
+        lengths: of the windows in which perplexity is measured; models in between are measured at the first alone. Of
+            models that learn from examples, where their texts are cut.
+        examples: that are measured at most, of models that learn from such.
         copying: whether a text that stood there before is predicted; None leaves it out.
         passkey: lengths of text in which a pass key is to be found again.
         recall: numbers of `key: value` pairs of which the values are asked.
@@ -30,6 +32,7 @@ class EvaluateSection(Section):
 
     tokens: Positive = 8192
     lengths: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)] = [1024]
+    examples: Positive = 1000
     copying: CopyingSection | None = CopyingSection()
     passkey: list[Positive] = []
     recall: list[Positive] = []

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from linearize.recipes.fields import Section, Text
 
 Dtype = Literal["float32", "bfloat16"]
-Head = Literal["causal-lm", "masked-lm", "encoder"]
+Head = Literal["causal-lm", "masked-lm", "encoder", "seq2seq-lm", "sequence-classification"]
 
 # What training does to texts so that the next tokens of others are recalled.
 _FOR_TEXT = [
@@ -19,6 +19,25 @@ _FOR_TEXT = [
     ("position_offset", 0, "positions begin at 0 where a token sees the whole text"),
 ]
 _NEXT = "asks for next tokens, which an encoder does not make"
+# Of models that learn from examples, each a text with a class or an answer.
+_WRITTEN = "goes on with a text, which this model is not asked for"
+_OF_EXAMPLES: dict[str, list[tuple[str | None, Any, str]]] = {
+    "keep": [("kv_budget", None, "measures what is copied from far back, which this model is not asked for")],
+    "transfer": [
+        ("blocks_at_once", None, "goes through the blocks of a model that reads text alone"),
+        ("curriculum", [], "examples are as long as they are"),
+        *_FOR_TEXT,
+    ],
+    "finetune": [
+        ("chunk", None, "goes through one text, chunk by chunk"),
+        ("curriculum", [], "examples are as long as they are"),
+        *_FOR_TEXT,
+    ],
+    "medusa": [(None, None, "heads guess next tokens of a text, which this model does not go on with")],
+    "evaluate": [
+        ("copying", None, _WRITTEN), ("passkey", [], _WRITTEN), ("recall", [], _WRITTEN), ("speed", [], _WRITTEN),
+    ],
+}  # fmt: skip
 # Head -> section -> (field, the value that it must have, why); of a section that is refused whole, the field is None.
 _REFUSED: dict[Head, dict[str, list[tuple[str | None, Any, str]]]] = {
     "causal-lm": {},
@@ -43,7 +62,11 @@ _REFUSED: dict[Head, dict[str, list[tuple[str | None, Any, str]]]] = {
             ("tuned_teacher", False, "an encoder is finetuned towards its teacher itself"),
         ],
     },
+    "seq2seq-lm": _OF_EXAMPLES,
+    "sequence-classification": _OF_EXAMPLES,
 }
+# The field of a data source that names what is to be learned of a text.
+LEARNED = {"seq2seq-lm": "target", "sequence-classification": "label"}
 
 
 def refusal(head: Head, name: str, section: Section) -> str | None:
@@ -117,8 +140,10 @@ class ModelSection(Section):
             tokenizer's. The weights are drawn by the recipe's seed.
         revision: branch, tag or commit on the Hub.
         head: what the model ends in: `causal-lm`, the next token's logits; `masked-lm`, those of masked tokens, of a
-            model that stays softmax (`attention: null`); or `encoder`, the hidden states of all tokens. In the latter
-            two, each token has seen the whole text.
+            model that stays softmax (`attention: null`); `encoder`, the hidden states of all tokens; `seq2seq-lm`, the
+            answer's next token, of an encoder-decoder; or `sequence-classification`, the classes of a text.
+        labels: names of the classes, in the order of the model's outputs. None takes them from a model that has been
+            trained to tell some, or else from the training data, in the order of the alphabet.
         dtype: of the weights in memory.
         tokenizer: a model source to take the tokenizer from; None takes the model's own.
         license: for the model card, e.g. `apache-2.0`, or the name of one that the Hub does not know; None takes it
@@ -131,6 +156,7 @@ class ModelSection(Section):
     source: ModelSource | None = None
     revision: Text | None = None
     head: Head = "causal-lm"
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
     dtype: Dtype = "float32"
     tokenizer: ModelSource | None = None
     license: Text | None = None
@@ -143,6 +169,15 @@ class ModelSection(Section):
         if source is None and "config" in info.data and info.data["config"] is None:
             raise ValueError("required, but missing")
         return source
+
+    @field_validator("labels")
+    @classmethod
+    def _of_classes(cls, labels: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if labels is not None and info.data.get("head", "sequence-classification") != "sequence-classification":
+            raise ValueError("only head: sequence-classification tells classes; leave it out")
+        if labels is not None and len({*labels}) < len(labels):
+            raise ValueError("names a class twice")
+        return labels
 
     @model_validator(mode="after")
     def _one_origin(self) -> "ModelSection":

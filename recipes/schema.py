@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from linearize.recipes.attention import AttentionSection, KeepSection
 from linearize.recipes.evaluation import EvaluateSection
 from linearize.recipes.fields import LearningRate, Positive, Section, Text, Weight
-from linearize.recipes.model import Dtype, ModelSection, refusal
+from linearize.recipes.model import LEARNED, Dtype, ModelSection, refusal
 from linearize.recipes.training import Training, TransferSection
 
 BUILTIN_DATA = {f"builtin:{path.stem}": path for path in sorted((Path(__file__).parent / "data").glob("*.txt"))}
-FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
-OTHER_SUFFIXES = (".json", ".csv", ".tsv", ".gz", ".zst", ".xz", ".arrow")
+FILE_SUFFIXES = (".txt", ".jsonl", ".parquet", ".csv", ".tsv")
+OTHER_SUFFIXES = (".json", ".gz", ".zst", ".xz", ".arrow")
 
 # The configurations that come with the package.
 DEEPSPEED = Path(__file__).parent / "deepspeed"
@@ -30,16 +30,22 @@ class DataSource(Section):
     """One corpus.
 
     Attributes:
-        source: `builtin:train`, `builtin:heldout`, a .txt, .jsonl or .parquet file, or a dataset's Hub id.
+        source: `builtin:train`, `builtin:heldout`, a .txt, .jsonl, .parquet, .csv or .tsv file, or a dataset's Hub id.
         name: the dataset's configuration on the Hub.
         split: the dataset's split on the Hub.
         field: column with text, or with chat messages (`role`/`content`, or ShareGPT's `from`/`value`).
+        second: column with a second text that belongs to the first, such as a hypothesis to a premise.
+        label: column with the text's class, by name or number; for `model.head: sequence-classification`.
+        target: column with the answer to the text, such as its summary; for `model.head: seq2seq-lm`.
     """
 
     source: Text
     name: Text | None = None
     split: Text = "train"
     field: Text = "text"
+    second: Text | None = None
+    label: Text | None = None
+    target: Text | None = None
 
     @field_validator("source")
     @classmethod
@@ -64,10 +70,29 @@ DataSources = Annotated[list[DataSource], Listed, Field(min_length=1)]
 
 
 class DataSection(Section):
-    """What to train on and what to measure on; each is a list after loading, one source or several."""
+    """What to train on and what to measure on; each is a list after loading, one source or several.
+
+    Attributes:
+        answer_length: tokens of an answer (`target`) at most: what training cuts, and evaluation lets the model write.
+    """
 
     train: DataSources
     heldout: DataSources
+    answer_length: Positive = 128
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether each text has something of its own that is learned, a class or an answer."""
+        return self.train[0].label is not None or self.train[0].target is not None
+
+    @property
+    def sources(self) -> dict[str, DataSource]:
+        """By their places in the recipe."""
+        return {
+            f"{name}.{number}": source
+            for name in ("train", "heldout")
+            for number, source in enumerate(getattr(self, name))
+        }
 
 
 class ShardedTraining(Training):
@@ -98,7 +123,8 @@ class FinetuneSection(ShardedTraining):
         alpha: scale of the adapters, as in LoRA.
         targets: names of the linear modules that get an adapter.
         train_attention: also train what the linear attention layers added.
-        next_token: weight of the cross-entropy of next tokens, or of masked ones; an encoder has none.
+        next_token: weight of the cross-entropy of next tokens, or of what else the model is to tell: masked tokens,
+            answers, classes; an encoder has none.
         distill: weight of the KL divergence from the same model in softmax mode; of an encoder, of the squared error of
             its hidden states relative to those in softmax mode.
         attention_lr: peak learning rate of what the linear attention layers added; None is `lr`.
@@ -283,6 +309,35 @@ class Recipe(Section):
         if attention is None and model is not None and model.head == "encoder":
             raise ValueError("null leaves an encoder nothing to learn; use another attention, or model.head: masked-lm")
         return attention
+
+    @field_validator("data")
+    @classmethod
+    def _tells_what_is_learned(cls, data: DataSection, info: ValidationInfo) -> DataSection:
+        model = info.data.get("model")
+        if model is None:
+            return data
+        learned = LEARNED.get(model.head)
+        for place, source in data.sources.items():
+            for name in ("label", "target"):
+                if getattr(source, name) is not None and name != learned:
+                    heads = [head for head, field in LEARNED.items() if field == name]
+                    raise ValueError(f"{place}.{name}: is for model.head: {heads[0]}; leave it out, or set that")
+            if source.second is not None and learned != "label":
+                raise ValueError(f"{place}.second: is for model.head: sequence-classification; leave it out")
+        if learned == "label" and (missing := [p for p, source in data.sources.items() if source.label is None]):
+            raise ValueError(f"{missing[0]}.label: required, the column with a text's class")
+        if len({source.target is None for source in data.sources.values()}) > 1:
+            raise ValueError("some sources have a target and some have none; give all of them one, or none")
+        return data
+
+    @field_validator("evaluate")
+    @classmethod
+    def _has_answers(cls, evaluate: EvaluateSection | None, info: ValidationInfo) -> EvaluateSection | None:
+        model, data = info.data.get("model"), info.data.get("data")
+        asks = evaluate is not None and model is not None and model.head == "seq2seq-lm"
+        if asks and data is not None and data.heldout[0].target is None:
+            raise ValueError("measures answers, of which data.heldout has none; name their column (target)")
+        return evaluate
 
     @field_validator("keep")
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from linearize.convert.chunks import Chunks, recompute_blocks
-from linearize.convert.finetune import NextTokenAndDistillation
+from linearize.convert.finetune import LabelsAndDistillation
 from linearize.convert.models import LINEAR, prepare_finetune
 from linearize.convert.training import label_weights
 from linearize.layers.cache import LinearCache
@@ -69,7 +69,7 @@ def learn(model, batch, accumulation=1, **section):
     """The loss, and the gradients that a micro batch leaves."""
     model.zero_grad()
     # Of a section, whose length is not that of the batch here, any chunk is as good.
-    objective = NextTokenAndDistillation(FinetuneSection(steps=1, length=2, **section))
+    objective = LabelsAndDistillation(FinetuneSection(steps=1, length=2, **section))
     loss = objective.loss(model, batch, accumulation, 0)
     if not objective.calls_backward:
         (loss / accumulation).backward()

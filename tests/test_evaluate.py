@@ -8,7 +8,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from linearize.convert import measures
-from linearize.convert.finetune import NextTokenAndDistillation
+from linearize.convert.finetune import LabelsAndDistillation
 from linearize.convert.report import results_table
 from linearize.hub.measured import TEACHER, TUNED_TEACHER
 
@@ -129,13 +129,13 @@ def test_teacher_finetuned_alike_is_what_finetuning_makes_of_a_window_over_every
 def test_teacher_is_finetuned_once_and_from_its_last_checkpoint(convert, recipe, tmp_path, monkeypatch, method):
     path = recipe(medusa=None, export=None, evaluate={**EVALUATE, "tuned_teacher": True})
     method = f"finetune.method={method}"
-    loss = NextTokenAndDistillation.loss
+    loss = LabelsAndDistillation.loss
     for stage in ("load", "install", "transfer", "finetune"):
         convert(path, method, "--only", stage)
-    monkeypatch.setattr(NextTokenAndDistillation, "loss", stops_after(loss, 5))
+    monkeypatch.setattr(LabelsAndDistillation, "loss", stops_after(loss, 5))
     with pytest.raises(Stopped):
         convert(path, method)
-    monkeypatch.setattr(NextTokenAndDistillation, "loss", stops_after(loss, 2))
+    monkeypatch.setattr(LabelsAndDistillation, "loss", stops_after(loss, 2))
     monkeypatch.setattr(measures, "score", stops_after(measures.score, 3))
     with pytest.raises(Stopped):
         convert(path, method, "--resume")
@@ -144,7 +144,7 @@ def test_teacher_is_finetuned_once_and_from_its_last_checkpoint(convert, recipe,
     names = load_file(directory / "weights.safetensors")
     assert not any("linear_attention" in name for name in names)
     monkeypatch.undo()
-    monkeypatch.setattr(NextTokenAndDistillation, "loss", stops_after(loss, 0))
+    monkeypatch.setattr(LabelsAndDistillation, "loss", stops_after(loss, 0))
     convert(path, method, "--resume")
     resumed = results(tmp_path / "run")
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from linearize.convert import finetune
-from linearize.convert.finetune import NextTokenAndDistillation
+from linearize.convert.finetune import LabelsAndDistillation
 from linearize.convert.medusa import MedusaModel
 from linearize.convert.models import prepare_finetune
 from linearize.layers.config import LinearAttentionConfig
@@ -43,7 +43,7 @@ def test_distillation_is_zero_where_student_and_teacher_are_one(batch):
     """A window wider than the text and adapters that start at zero change nothing."""
     section = FinetuneSection(steps=1, next_token=0.0, distill=1.0)
     model = prepare_finetune(install(llama(), WIDE), section)
-    assert NextTokenAndDistillation(section).loss(model.train(), batch, 1, 0).item() == pytest.approx(0, abs=1e-6)
+    assert LabelsAndDistillation(section).loss(model.train(), batch, 1, 0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
@@ -54,7 +54,7 @@ def test_distillation_teacher_is_the_softmax_model_without_adapters(batch):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    objective = NextTokenAndDistillation(section)
+    objective = LabelsAndDistillation(section)
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     torch.testing.assert_close(objective._teacher_logits(model, inputs), softmax(**inputs).logits)
     assert model.training and model.config._attn_implementation == IMPLEMENTATION
@@ -78,7 +78,7 @@ def test_distillation_under_a_wrapper(batch):
     # Dropout would not be the same twice.
     for module in model.modules():
         module.attention_dropout = 0.0
-    losses = [NextTokenAndDistillation(section).loss(each, batch, 1, 0) for each in (model, Wrapper(model))]
+    losses = [LabelsAndDistillation(section).loss(each, batch, 1, 0) for each in (model, Wrapper(model))]
     assert torch.equal(*losses)
 
 
@@ -110,7 +110,7 @@ def test_loss_in_chunks_is_the_loss(batch, monkeypatch, next_token, distill):
         logits[learned].log_softmax(-1), teacher[learned].log_softmax(-1), reduction="batchmean", log_target=True
     )
     expected = gradients(next_token * cross_entropy + distill * divergence, model)
-    actual = gradients(NextTokenAndDistillation(section).loss(model, batch, 1, 0), model)
+    actual = gradients(LabelsAndDistillation(section).loss(model, batch, 1, 0), model)
     assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-6)
@@ -120,7 +120,7 @@ def test_a_batch_without_labels_has_no_loss(batch):
     section = FinetuneSection(steps=1)
     model = prepare_finetune(install(llama(), WIDE), section)
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    assert NextTokenAndDistillation(section).loss(model, batch, 1, 0).item() == 0
+    assert LabelsAndDistillation(section).loss(model, batch, 1, 0).item() == 0
 
 
 class Logits(nn.Module):
@@ -138,7 +138,7 @@ class Logits(nn.Module):
 def test_memory_of_the_loss_is_the_logits_and_one_chunk(monkeypatch):
     """Held for the backward pass: the logits as they came; while it runs: fp32 copies of so many tokens."""
     monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 10)
-    objective = NextTokenAndDistillation(FinetuneSection(steps=1, distill=1.0))
+    objective = LabelsAndDistillation(FinetuneSection(steps=1, distill=1.0))
     monkeypatch.setattr(objective, "_teacher_logits", lambda model, inputs: model(**inputs).logits.detach())
     labels = torch.arange(200).view(1, -1)
     saved = {}

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from linearize.convert import training
 from linearize.convert.batches import TrainingBatches
+from linearize.convert.hiding import MaskedTokens
 from linearize.recipes.training import Training
 
 from .runs import converted, results, state
@@ -137,7 +138,7 @@ def test_masks_follow_the_rule_and_depend_on_the_place_alone(linearize, scratch,
 
     def batches(micro_batch_size):
         section = Training(steps=4, batch_size=16, micro_batch_size=micro_batch_size, length=500, lr=1)
-        items = [*TrainingBatches([iter([text])], section, 7, tokenizer, masked=True)]
+        items = [*TrainingBatches([iter([text])], section, 7, hide=MaskedTokens(tokenizer))]
         return {name: torch.cat([item[name] for item in items]) for name in items[0]}
 
     whole, parts = batches(16), batches(2)

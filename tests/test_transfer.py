@@ -160,7 +160,7 @@ def test_error_of_each_head():
         if LINEAR in name:
             parameter.data = torch.rand(parameter.shape, generator=generator)
     ids = batch(rows=3)["input_ids"]
-    errors = errors_of_heads(model, ids)
+    errors = errors_of_heads(model, {"input_ids": ids})
     assert all(parameter.grad is None for parameter in model.parameters())
     heard, outputs = {}, {"sdpa": {}, "linearize": {}}
 

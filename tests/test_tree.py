@@ -111,7 +111,8 @@ def test_chains_from_nothing(name, size, without_gradients):
     layer(**x, scale=0.3, cache=other)
     step.remember(layer, other)
     config = LlamaConfig(num_hidden_layers=1)
-    model = SimpleNamespace(is_encoder=False, config=config, linear_attentions=lambda: {0: layer})
+    modules = [SimpleNamespace(layer_idx=0, linear_attention=layer)]
+    model = SimpleNamespace(is_encoder=False, config=config, linear_modules=lambda: modules)
     begun, known = LinearCache(model), LinearCache(model)
     known.layers = [other]
     begun.take(known)

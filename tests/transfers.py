@@ -49,5 +49,5 @@ def step(model: PreTrainedModel, blocks: Blocks | None = None) -> dict[str, Tens
 
 def errors(model: PreTrainedModel, blocks: Blocks | None = None) -> dict[str, Tensor]:
     """Layer -> the error of each of its heads, by name."""
-    found = errors_of_heads(model, BATCH["input_ids"], blocks)
+    found = errors_of_heads(model, BATCH, blocks)
     return {f"errors of layer {layer}": torch.tensor(row) for layer, row in found.items()}
