@@ -261,6 +261,8 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
                 f"the {known} positions that the model knows"
             )
     if recipe.evaluate is not None and recipe.data.has_examples:
+        if recipe.model.head == "seq2seq-lm" and importlib.util.find_spec("rouge_score") is None:
+            raise ValueError("evaluate: rouge-score is not installed; pip install 'linearize[eval]'")
         want("evaluate.lengths", "heldout", max(recipe.evaluate.lengths))
     if recipe.transfer is not None:
         # Any text will do for the heads' errors.

@@ -137,6 +137,8 @@ def fit_to_examples(config: PreTrainedConfig, tokenizer, labels: list[str] | Non
         config.decoder_start_token_id = config.pad_token_id
     if labels is not None:
         config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+        # Nobody goes on from a text that has its class.
+        config.use_cache = False
 
 
 def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedModel:

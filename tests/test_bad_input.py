@@ -344,8 +344,8 @@ def test_data_that_cannot_be_read(refused, tmp_path, content):
 
 
 def test_data_of_a_kind_that_is_not_read(refused, tmp_path):
-    (tmp_path / "rows.csv").write_text("a,b")
-    line = refused(data={"train": {"source": str(tmp_path / "rows.csv")}, "heldout": {"source": "builtin:heldout"}})
+    (tmp_path / "rows.arrow").write_text("a,b")
+    line = refused(data={"train": {"source": str(tmp_path / "rows.arrow")}, "heldout": {"source": "builtin:heldout"}})
     assert "data.train.source: files of this kind are not read" in line
 
 

@@ -13,7 +13,7 @@ from linearize.recipes.loader import dump_recipe, load_recipe, shipped_recipes
 from linearize.recipes.schema import Recipe
 
 # Those whose models have no weights to begin with.
-SCRATCH = ["bert-scratch", "flash-small", "gpt2-scratch"]
+SCRATCH = ["bert-scratch", "flash-small", "gpt2-scratch", "t5-scratch"]
 
 
 def from_package(name: str) -> list[str]:
@@ -31,7 +31,7 @@ def test_shipped_recipes_load_and_round_trip(name, package, tmp_path):
 
 def test_recipes_are_shipped():
     smollm2 = [f"smollm2-135m{kind}" for kind in ("-hybrid", "-long", "")]
-    larger = ["llama-1b", "llama-8b", "lora", "minilm", "mistral-7b", "qwen-4b"]
+    larger = ["glue", "llama-1b", "llama-8b", "lora", "minilm", "mistral-7b", "qwen-4b", "summarize"]
     assert sorted(shipped_recipes()) == sorted(["demo", *SCRATCH, *larger, *smollm2])
 
 
