@@ -2,10 +2,11 @@
 
     python benchmarks/glue.py --glue DIRECTORY --text FILE.txt --out DIRECTORY [--workers N] [--minutes M]
                               [--families ..] [--attentions ..] [--tasks ..] [--models DIRECTORY]
+                              [--pretrained FAMILY=SOURCE ..]
 
 The form of Linearized-LLM's tables 1-3 (arXiv 2406.07368). Small models of each family are trained from scratch on
 `--text` by the recipes bert-scratch, gpt2-scratch and t5-scratch (or found in `--models`, where a run before has left
-them); each is converted and finetuned by the recipe `glue`, once for each attention and task, from the same weights
+them; or they are somebody's, `--pretrained`, what a recipe's model.source may be); each is converted and finetuned by the recipe `glue`, once for each attention and task, from the same weights
 with the same settings and examples, `--workers` runs at a time. `--glue` holds the tasks as GLUE gives them out
 (SST-2/train.tsv, ..); test sets without labels are not read: SST-2 and WNLI are measured on `test.tsv` where that has
 labels, RTE on `dev.tsv`, and QNLI, if only `dev.tsv` is there, on a fifth of it, the rest being trained on.
@@ -19,13 +20,12 @@ import csv
 import json
 import math
 import multiprocessing
-import multiprocessing.pool
 import shutil
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -96,7 +96,7 @@ def pretrain(family: str, text: Path, out: Path, changes: list[str]) -> Path:
     ]  # fmt: skip
     with (out / f"{family}.log").open("w") as log:
         if subprocess.run(command, stdout=log, stderr=log).returncode:
-            raise SystemExit(f"{family}: training it ended early; {log.name} says why")
+            raise RuntimeError(f"{family}: training it ended early; {log.name} says why")
     return model
 
 
@@ -124,7 +124,7 @@ def write_task(task: str, glue: Path, out: Path) -> None:
         (out / task / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def changes_for(family: str, attention: str, task: str, model: Path, data: Path) -> list[str]:
+def changes_for(family: str, attention: str, task: str, model: Path | str, data: Path) -> list[str]:
     """What a run changes in the recipe `glue`."""
     columns, steps, length = TASKS[task]
     second = f", second: {columns[1]}" if len(columns) == 2 else ""
@@ -152,7 +152,7 @@ def prepare_worker() -> None:
     triton_kernels.features = None
 
 
-def run_one(job: tuple[str, str, str], model: Path, data: Path, out: Path) -> dict:
+def run_one(job: tuple[str, str, str], model: Path | str, data: Path, out: Path) -> dict:
     """One attention in one family's model on one task."""
     from rich.console import Console
 
@@ -204,9 +204,10 @@ def table(found: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--glue", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="To train models of families on that are not given.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", type=Path, help="Where the trained models are, or are to be; in --out.")
+    parser.add_argument("--pretrained", nargs="*", default=[], metavar="FAMILY=SOURCE")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--families", nargs="+", choices=SIZES, default=list(SIZES))
@@ -221,9 +222,10 @@ def main() -> None:
     for task in arguments.tasks:
         write_task(task, arguments.glue, out / "data")
     text = arguments.text.resolve()
-    with multiprocessing.pool.ThreadPool(len(arguments.families)) as pool:
-        trained = pool.map(lambda family: pretrain(family, text, at, arguments.pretraining), arguments.families)
-    sources = dict(zip(arguments.families, trained, strict=True))
+    sources = dict(given.split("=", 1) for given in arguments.pretrained)
+    new = [family for family in arguments.families if family not in sources]
+    with ThreadPoolExecutor() as pool:
+        sources |= zip(new, pool.map(lambda family: pretrain(family, text, at, arguments.pretraining), new), strict=True)
 
     path = out / "glue.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

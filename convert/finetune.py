@@ -19,8 +19,9 @@ from linearize.convert.training import label_weights, train
 from linearize.layers.seam import LinearizedMixin
 from linearize.recipes.schema import FinetuneSection
 
-# Logits are taken to fp32 and to probabilities for so many tokens at a time: 128 MiB each with 128k words.
-TOKENS_AT_ONCE = 256
+# So many tokens' logits are taken to fp32 and to probabilities at a time: 128 MiB each with 128k words; or, where words
+# are few, so many logits, as each part takes some 60 launches.
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 256, 256 * 49152
 
 
 class LabelsAndDistillation:
@@ -69,7 +70,8 @@ class LabelsAndDistillation:
         """The loss summed by weights [B, T], which are 0 without a label; logits [B, T, V], labels [B, T]."""
         teacher = logits.detach() if teacher is None else teacher
         # Split, not sliced: the gradient of each slice would be as large as all logits.
-        parts = zip(*(x.flatten(0, 1).split(TOKENS_AT_ONCE) for x in (logits, teacher, labels, weights)), strict=True)
+        size = max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // logits.shape[-1])
+        parts = zip(*(x.flatten(0, 1).split(size) for x in (logits, teacher, labels, weights)), strict=True)
         return sum(checkpoint(self._part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
 
     def _part(self, logits: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ def gradients(loss, model):
 def test_loss_in_chunks_is_the_loss(batch, monkeypatch, next_token, distill):
     """Sums of 80 terms in another order: 1e-6 in fp32."""
     monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 7)
+    monkeypatch.setattr(finetune, "LOGITS_AT_ONCE", 0)
     section = FinetuneSection(steps=1, next_token=next_token, distill=distill)
     softmax = llama().eval()
     model = prepare_finetune(install(llama(), LinearAttentionConfig(window_size=4, sinks=1)), section)
@@ -138,6 +139,7 @@ class Logits(nn.Module):
 def test_memory_of_the_loss_is_the_logits_and_one_chunk(monkeypatch):
     """Held for the backward pass: the logits as they came; while it runs: fp32 copies of so many tokens."""
     monkeypatch.setattr(finetune, "TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr(finetune, "LOGITS_AT_ONCE", 0)
     objective = LabelsAndDistillation(FinetuneSection(steps=1, distill=1.0))
     monkeypatch.setattr(objective, "_teacher_logits", lambda model, inputs: model(**inputs).logits.detach())
     labels = torch.arange(200).view(1, -1)

@@ -53,7 +53,14 @@ def conv_band(weight: Tensor, distance: Tensor, first: int) -> Tensor:
     """
     tap, taps = distance - first, weight.shape[1]
     inside = (tap >= 0) & (tap < taps)
-    return (weight[:, tap.clamp(0, taps - 1)] * inside).movedim(0, -3)
+    return pick(weight, tap.clamp(0, taps - 1)) * inside.unsqueeze(-3)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """[.., H, Q, K] of x [H, n] by index [.., Q, K]: x[:, index], but the gradient of that sums thousands of equal
+    indices one after the other, where in a row of this hardly any are equal."""
+    rows = x[:, None].expand(*index.shape[:-2], x.shape[0], index.shape[-2], x.shape[1])
+    return rows.gather(-1, index.unsqueeze(-3).expand(*rows.shape[:-1], index.shape[-1]))
 
 
 def at_distance(bias: Tensor, q_position: Tensor, k_position: Tensor) -> Tensor:
@@ -61,7 +68,7 @@ def at_distance(bias: Tensor, q_position: Tensor, k_position: Tensor) -> Tensor:
     behind it; what is further away gets what is there."""
     reach = bias.shape[1] // 2
     place = (k_position[:, None, :] - q_position[:, :, None]).clamp(-reach, reach) + reach
-    return bias[:, place].movedim(0, 1)
+    return pick(bias, place)
 
 
 def yoso(q: Tensor, k: Tensor) -> Tensor:
