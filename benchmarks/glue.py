@@ -6,10 +6,11 @@
 
 The form of Linearized-LLM's tables 1-3 (arXiv 2406.07368). Small models of each family are trained from scratch on
 `--text` by the recipes bert-scratch, gpt2-scratch and t5-scratch (or found in `--models`, where a run before has left
-them; or they are somebody's, `--pretrained`, what a recipe's model.source may be); each is converted and finetuned by the recipe `glue`, once for each attention and task, from the same weights
-with the same settings and examples, `--workers` runs at a time. `--glue` holds the tasks as GLUE gives them out
-(SST-2/train.tsv, ..); test sets without labels are not read: SST-2 and WNLI are measured on `test.tsv` where that has
-labels, RTE on `dev.tsv`, and QNLI, if only `dev.tsv` is there, on a fifth of it, the rest being trained on.
+them; or they are somebody's, `--pretrained`, whatever a recipe's model.source may be). Each is converted and finetuned
+by the recipe `glue`, once for each attention and task, from the same weights with the same settings and examples,
+`--workers` runs at a time. `--glue` holds the tasks as GLUE gives them out (SST-2/train.tsv, ..); test sets without
+labels are not read: SST-2 and WNLI are measured on `test.tsv` where that has labels, RTE on `dev.tsv`, and QNLI, if
+only `dev.tsv` is there, on a fifth of it, the rest being trained on.
 
 Results are added to `glue.jsonl` one by one, and what is there is not run again, nor anything begun after `--minutes`.
 Writes `glue.md`.
@@ -225,7 +226,8 @@ def main() -> None:
     sources = dict(given.split("=", 1) for given in arguments.pretrained)
     new = [family for family in arguments.families if family not in sources]
     with ThreadPoolExecutor() as pool:
-        sources |= zip(new, pool.map(lambda family: pretrain(family, text, at, arguments.pretraining), new), strict=True)
+        trained = pool.map(lambda family: pretrain(family, text, at, arguments.pretraining), new)
+        sources |= zip(new, trained, strict=True)
 
     path = out / "glue.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
