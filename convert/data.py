@@ -1,6 +1,7 @@
 """From text and chat data to packed sequences of tokens."""
 
 import csv
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
@@ -22,6 +23,7 @@ FILE_KINDS = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
 }
+BUFFER = 10_000
 # ShareGPT's speakers; the other names (system, tool, ...) are those of chat templates already.
 ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -110,8 +112,13 @@ def _present(source: DataSource, tokenizer) -> Iterator[str | list[dict]]:
         raise ValueError(f"{source.source} has no documents")
 
 
-def rows(source: DataSource) -> Iterator[dict[str, Any]]:
+def rows(source: DataSource, seed: int | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a source, column -> value; pieces of a text file have the column that `source.field` names alone.
+
+    Args:
+        seed: of their order, as files may have one class behind the other: of a file, of all rows; of a data set on the
+            Hub, which is not read as a whole, of its files, and of so many rows at a time as `BUFFER` says. None: as
+            they come.
 
     Raises:
         ValueError: naming the column that is not there.
@@ -126,8 +133,13 @@ def rows(source: DataSource) -> Iterator[dict[str, Any]]:
         if path.suffix in FILE_KINDS:
             kind, options = FILE_KINDS[path.suffix]
             found = load_dataset(kind, data_files=str(path), split="train", streaming=True, **options)
+            if seed is not None:
+                found = list(found)
+                random.Random(seed).shuffle(found)
         else:
             found = load_dataset(source.source, source.name, split=source.split, streaming=True)
+            if seed is not None:
+                found = found.shuffle(seed, buffer_size=BUFFER)
     for row in found:
         for name in wanted:
             if name not in row:

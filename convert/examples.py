@@ -92,15 +92,16 @@ def answer_ids(text: str, tokenizer, length: int) -> list[int]:
 
 
 def examples(
-    source: DataSource, tokenizer, length: int, answer_length: int, labels: Labels | None
+    source: DataSource, tokenizer, length: int, answer_length: int, labels: Labels | None, seed: int
 ) -> Iterator[tuple[list[int], list[int] | int]]:
-    """(token ids of the text, those of its answer or its class) of each row whose text is not blank.
+    """(token ids of the text, those of its answer or its class) of each row whose text is not blank, in an
+    order drawn by `seed`.
 
     Raises:
         ValueError: a value is no text, a label no class of the model, or there are no examples.
     """
     empty = True
-    for row in rows(source):
+    for row in rows(source, seed):
         texts = [row[name] for name in (source.field, source.second, source.target) if name is not None]
         if not texts[0]:
             continue
@@ -119,15 +120,15 @@ def examples(
 
 
 def read_examples(
-    field: str, data: DataSection, tokenizer, length: int, labels: Labels | None, count: int
+    field: str, data: DataSection, tokenizer, length: int, labels: Labels | None, count: int, seed: int = 0
 ) -> list[tuple[list[int], list[int] | int]]:
-    """The first `count` examples, or all there are, of the recipe's `field`, whose sources take turns.
+    """`count` examples, or all there are, of the recipe's `field`, whose sources take turns, drawn by `seed`.
 
     Raises:
         StageError: naming the field, when they cannot be read.
     """
     given = getattr(data, field.rpartition(".")[2])
-    left = [examples(source, tokenizer, length, data.answer_length, labels) for source in given]
+    left = [examples(source, tokenizer, length, data.answer_length, labels, seed) for source in given]
 
     def turns() -> Iterator:
         while left:

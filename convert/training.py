@@ -251,8 +251,10 @@ def _batches(
 ) -> Dataset:
     recipe = context.recipe
     if recipe.data.has_examples and documents is None:
-        count = section.steps * section.batch_size * processes.count()
-        some = read_examples("data.train", recipe.data, context.tokenizer, section.length, context.labels, count)
+        count = section.steps * section.batch_size
+        some = read_examples(
+            "data.train", recipe.data, context.tokenizer, section.length, context.labels, count, recipe.seed
+        )
         return ExampleBatches(some, section, recipe.seed, model.config)
     with problems_named("data.train", recipe.data.train):
         sources = [iter(source) for source in documents or context.training_documents]

@@ -82,7 +82,12 @@ class Ranks:
         for output in outputs:
             output.touch()
         limits = [(limits or {}).get(rank, resource.RLIM_INFINITY) for rank in range(count)]
-        request = {"arguments": list(map(str, arguments)), "outputs": list(map(str, outputs)), "limits": limits}
+        request = {
+            "arguments": list(map(str, arguments)),
+            "outputs": list(map(str, outputs)),
+            "limits": limits,
+            "directory": os.getcwd(),
+        }
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         self.runs.append(Run(json.loads(self.server.stdout.readline()), outputs, self.server))
@@ -138,6 +143,7 @@ def _fork(rank: int, port: int, request: dict) -> int:
     )
     resource.setrlimit(resource.RLIMIT_FSIZE, (request["limits"][rank],) * 2)
     sys.argv = ["linearize", *request["arguments"]]
+    os.chdir(request["directory"])
     code = 1
     try:
         cli.main()

@@ -34,7 +34,10 @@ SMALL = {
     "data": {"train": {"source": "builtin:train"}, "heldout": {"source": "builtin:heldout"}},
     "transfer": TRAINING,
     "finetune": TRAINING,
-    "evaluate": {"tokens": 256, "lengths": [64], "passkey": [], "recall": [], "copying": {"texts": 2, "length": 32}},
+    "evaluate": {
+        **{"tokens": 256, "lengths": [64], "passkey": [], "recall": [], "speed": [128]},
+        "copying": {"texts": 2, "length": 32},
+    },
 }
 TASKS = {
     "piqa": {"query": "the river", "choices": ["was", "of the"], "gold": 0},
@@ -66,8 +69,8 @@ def model(tiny_model, tmp_path_factory) -> Path:
 class Reader:
     """Somebody who types what a page says into an empty directory that holds models and texts of these names."""
 
-    def __init__(self, directory: Path, linearize, model: Path, tiny_model: Path, finished: Path):
-        self.directory, self.linearize = directory, linearize
+    def __init__(self, directory: Path, linearize, ranks, model: Path, tiny_model: Path, finished: Path):
+        self.directory, self.linearize, self.ranks = directory, linearize, ranks
         (directory / "meta-llama").mkdir()
         (directory / "meta-llama" / "Llama-3.2-1B").symlink_to(model)
         (directory / "meta-llama" / "Llama-3.1-8B").symlink_to(tiny_model)
@@ -91,7 +94,14 @@ class Reader:
             if arguments[0] == "convert" and not {"--resume", "--from"} & {*arguments}:
                 # One of the ways that the page shows, not what comes after the one before.
                 shutil.rmtree("runs/lora", ignore_errors=True)
-            result = self.linearize(*arguments)
+            if "--gpus" in arguments and "--launch" not in arguments:
+                # By processes that start at once: what starts them else is tested by tests/test_processes.py.
+                place = arguments.index("--gpus")
+                count = int(arguments.pop(place + 1))
+                del arguments[place]
+                result = Result(0, self.ranks.finish(count, *arguments), "")
+            else:
+                result = self.linearize(*arguments)
             if target is not None:
                 (self.directory / target).write_text(result.stdout, "utf-8")
                 self.make_small(target)
@@ -135,11 +145,11 @@ class Reader:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_says_runs(page, linearize, model, tiny_model, finished, hub, tmp_path, monkeypatch):
+def test_what_a_page_says_runs(page, linearize, ranks, model, tiny_model, finished, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Nobody answers.
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    reader = Reader(tmp_path, linearize, model, tiny_model, finished[0])
+    reader = Reader(tmp_path, linearize, ranks, model, tiny_model, finished[0])
     for language, text in blocks(page):
         if language == "bash":
             for line in filter(None, text.splitlines()):

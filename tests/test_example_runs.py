@@ -24,19 +24,21 @@ from transformers import (
     pipeline,
 )
 
-from linearize.convert.examples import collated, ended, text_ids
+from linearize.convert.examples import Labels, collated, ended, read_examples, text_ids
 from linearize.convert.hiding import HiddenSpans
 from linearize.convert.sources import SENTINEL
+from linearize.recipes.schema import DataSection, DataSource
 
-from .runs import converted, results, state
+from .runs import TWO_PROCESSES, assert_same_training, converted, results, state
 from .test_scratch import interrupt
 
 SMALL = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
 FAMILIES = {
     "bert": lambda: BertForMaskedLM(BertConfig(vocab_size=256, max_position_embeddings=64, **SMALL)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=2, n_head=4)),
     "t5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, eos_token_id=1)
+        T5Config(vocab_size=256, eos_token_id=1, dropout_rate=0.0, **T5_SIZES)
     ),
 }
 ATTENTION = {"preset": "augmented-encoder", "window_size": 4, "conv_taps": 2, "slack": 8}
@@ -214,9 +216,19 @@ def test_answers(linearize, recipe_of, data, tmp_path, monkeypatch, cross):
     assert results(tmp_path / "run") == results(tmp_path / "killed")
 
 
+@TWO_PROCESSES
+def test_two_processes_learn_what_one_does(linearize, ranks, recipe_of, tmp_path):
+    path = recipe_of("t5", ANSWERS, ATTENTION | {"cross": "linear"}, evaluate=None, export=None)
+    short = ["transfer.steps=5", "finetune.steps=6"]
+    converted(linearize, path, *short, "--launch", "none")
+    ranks.finish(2, "convert", path, *short, "--out", tmp_path / "two")
+    for stage in ("transfer", "finetune"):
+        assert_same_training(tmp_path / "run", tmp_path / "two", stage)
+
+
 def test_an_encoder_decoder_from_scratch_fills_in_what_is_hidden(linearize, recipe_of, tiny_model, tmp_path):
     """From running text; another recipe takes it up, transfer on running text included."""
-    config = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    config = {"model_type": "t5", **T5_SIZES}
     running = {"train": {"source": "builtin:train"}, "heldout": {"source": "builtin:heldout"}}
     path = recipe_of("t5", ANSWERS, attention=None, transfer=None, evaluate=None, data=running)
     content = yaml.safe_load(path.read_text())
@@ -295,6 +307,18 @@ def test_batches_are_padded():
     assert batch["labels"][0, :3].tolist() == [8, 9, -100] and (batch["labels"][1, 1:] == -100).all()
     assert batch["decoder_input_ids"][:, :4].tolist() == [[7, 8, 9, 5], [7, 8, 5, 5]]
     assert torch.equal(collated([([1], 1), ([2], 0)], config)["labels"], torch.tensor([1, 0]))
+
+
+def test_examples_are_of_all_classes_whatever_their_order(tmp_path, tiny_model):
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"the {number}", "label": number // 500}) for number in range(1000)))
+    source = DataSource(source=str(path), label="label")
+    data = DataSection(train=[source], heldout=[source])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    drawn = [read_examples("data.train", data, tokenizer, 8, Labels(["0", "1"]), 100, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    # Of a hundred coins, fewer than 30 heads come once in some 25000 times.
+    assert 30 <= sum(label for _, label in drawn[0]) <= 70
 
 
 def test_tables_are_read(linearize, recipe_of, data, tmp_path):
