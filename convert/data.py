@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -16,6 +16,7 @@ from linearize.convert.context import StageError
 from linearize.convert.sources import first_line
 from linearize.recipes.schema import BUILTIN_DATA, DataSource
 
+T = TypeVar("T")
 # What `datasets` reads them as; the values of .tsv files are not quoted, as GLUE's are not.
 FILE_KINDS = {
     ".jsonl": ("json", {}),
@@ -208,14 +209,19 @@ def pack(documents: Iterable[list[int]], length: int) -> Iterator[dict[str, torc
 
 def in_turns(sources: Sequence[DataSource], tokenizer) -> Iterator[list[int]]:
     """Token ids of the documents of several sources, which take turns."""
-    left = [documents(source, tokenizer) for source in sources]
+    return turns([documents(source, tokenizer) for source in sources])
+
+
+def turns(iterators: Sequence[Iterator[T]]) -> Iterator[T]:
+    """One item of each, and again, until none has any left."""
+    left = list(iterators)
     while left:
-        for source in list(left):
-            document = next(source, None)
-            if document is None:
-                left.remove(source)
+        for iterator in list(left):
+            for item in islice(iterator, 1):
+                yield item
+                break
             else:
-                yield document
+                left.remove(iterator)
 
 
 class PackedDataset(Dataset):

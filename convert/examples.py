@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from linearize.convert import sources
 from linearize.convert.batches import draws
-from linearize.convert.data import problems_named, rows
+from linearize.convert.data import problems_named, rows, turns
 from linearize.recipes.schema import DataSection, DataSource, Recipe
 from linearize.recipes.training import Training
 
@@ -128,19 +128,9 @@ def read_examples(
         StageError: naming the field, when they cannot be read.
     """
     given = getattr(data, field.rpartition(".")[2])
-    left = [examples(source, tokenizer, length, data.answer_length, labels, seed) for source in given]
-
-    def turns() -> Iterator:
-        while left:
-            for source in list(left):
-                example = next(source, None)
-                if example is None:
-                    left.remove(source)
-                else:
-                    yield example
-
+    drawn = [examples(source, tokenizer, length, data.answer_length, labels, seed) for source in given]
     with problems_named(field, given):
-        return list(islice(turns(), count))
+        return list(islice(turns(drawn), count))
 
 
 def padded(parts: Sequence[Sequence[int]], value: int) -> Tensor:

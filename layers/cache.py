@@ -5,6 +5,7 @@ Only a token that has left every window, and the `slack` behind it, enters the s
 draft trees, and `crop` moves a cursor.
 """
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,7 +53,32 @@ class Shared:
     detached: bool = False
 
 
-class LinearCacheLayer(CacheLayerMixin):
+class RowsLayer(CacheLayerMixin):
+    """A layer whose tensors have a row for each sequence, and all that `generate` does to rows; what holds the tensors
+    says how a function is applied to all of them."""
+
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    @abstractmethod
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put what `function` makes of it in the place of every tensor."""
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda x: x[indices.to(x.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+
+class LinearCacheLayer(RowsLayer):
     """The memory of one layer. B rows, R ring slots, s sinks.
 
     Attributes:
@@ -72,10 +98,6 @@ class LinearCacheLayer(CacheLayerMixin):
     Raises:
         ValueError: where far keys are weighed by something that no state can stand for.
     """
-
-    is_croppable = True
-    supports_early_init = False
-    is_sliding = False
 
     def __init__(self, config: LinearAttentionConfig, shared: Shared | None = None):
         if config.far != "features":
@@ -231,9 +253,6 @@ class LinearCacheLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_max_length(self) -> int:
-        return -1
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
@@ -248,15 +267,6 @@ class LinearCacheLayer(CacheLayerMixin):
             self.far = {name: function(x) for name, x in self.far.items()}
         self.memory.map_rows(function)
         self.length, self.count, self.segment = function(self.length), function(self.count), function(self.segment)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def _past(self) -> list[Tensor]:
         state = [] if self.state is None else [self.state.S, self.state.z]

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from .cache import RowsLayer
 from .config import LinearAttentionConfig
 from .feature_maps import FEATURE_MAPS
 from .kernels import contract, normalised
@@ -69,17 +70,13 @@ class CrossAttention(nn.Module):
         return f"heads={self.heads}, kv_heads={self.kv_heads}, features={self.features}, norm={self.norm}"
 
 
-class CrossCacheLayer(CacheLayerMixin):
+class CrossCacheLayer(RowsLayer):
     """What a `CrossAttention` remembers: the sums, from the first token on.
 
     Attributes:
         state: [B, H_kv, F, D_v + 1], fp32; count: [B, 1], keys in it. None before.
         keys, values: empty, for the family's code, which hands them on.
     """
-
-    is_croppable = True
-    supports_early_init = False
-    is_sliding = False
 
     def __init__(self):
         super().__init__()
@@ -104,9 +101,6 @@ class CrossCacheLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return 0
 
-    def get_max_length(self) -> int:
-        return -1
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
 
@@ -118,15 +112,6 @@ class CrossCacheLayer(CacheLayerMixin):
             self.state, self.count, self.keys, self.values = map(
                 function, (self.state, self.count, self.keys, self.values)
             )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     @property
     def nbytes(self) -> int:

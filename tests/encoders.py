@@ -28,8 +28,12 @@ def tiny_encoder(family: str, auto=AutoModel, **changes) -> PreTrainedModel:
     for name, value in (SIZES | changes).items():
         if hasattr(config, name) or name in changes:
             setattr(config, name, value)
+    return with_weights(auto.from_config(config).eval())
+
+
+def with_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Larger random ones than families begin with, so that every part of them matters."""
     torch.manual_seed(0)
-    model = auto.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

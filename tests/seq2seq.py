@@ -1,7 +1,8 @@
 """Tiny random encoder-decoders of many families, built from their configurations alone; tests import this file."""
 
-import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from .encoders import with_weights
 
 VOCAB = 99
 SIZES = {
@@ -33,9 +34,4 @@ def tiny_seq2seq(family: str, auto=AutoModelForSeq2SeqLM, **changes) -> PreTrain
     for name, value in (SIZES | TOKENS | changes).items():
         if hasattr(config, name) or name in TOKENS | changes:
             setattr(config, name, value)
-    torch.manual_seed(0)
-    model = auto.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model
+    return with_weights(auto.from_config(config).eval())
