@@ -236,8 +236,8 @@ def evaluate(
     """
     from pydantic import ValidationError
 
+    from linearize.recipes.corpora import DataSource
     from linearize.recipes.evaluation import EvaluateSection
-    from linearize.recipes.schema import DataSource
 
     try:
         source = DataSource(source=data)

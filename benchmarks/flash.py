@@ -20,8 +20,8 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from linearize.convert.context import read_state
+from linearize.recipes.corpora import BUILTIN_DATA
 from linearize.recipes.loader import load_recipe
-from linearize.recipes.schema import BUILTIN_DATA
 
 # Name -> what differs from all branches together, and what was published for 110M parameters on PG-19.
 VARIANTS = {

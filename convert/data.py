@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from linearize.convert.context import StageError
 from linearize.convert.sources import first_line
-from linearize.recipes.schema import BUILTIN_DATA, DataSource
+from linearize.recipes.corpora import BUILTIN_DATA, DataSource
 
 T = TypeVar("T")
 # What `datasets` reads them as; the values of .tsv files are not quoted, as GLUE's are not.
@@ -24,6 +24,7 @@ FILE_KINDS = {
     ".csv": ("csv", {}),
     ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE}),
 }
+# Rows of a data set on the Hub that are shuffled among each other.
 BUFFER = 10_000
 # ShareGPT's speakers; the other names (system, tool, ...) are those of chat templates already.
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -48,9 +49,14 @@ def documents(source: DataSource, tokenizer, characters: int | None = None) -> I
             ids = tokenizer(value.lstrip()[:characters] if characters else value, verbose=False)["input_ids"]
         else:
             ids = tokenizer.apply_chat_template(value, return_dict=False)
-        if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        yield ids
+        yield ended(ids, tokenizer)
+
+
+def ended(ids: list[int], tokenizer) -> list[int]:
+    """With the tokenizer's eos token behind them, where it has one."""
+    if tokenizer.eos_token_id is None or ids and ids[-1] == tokenizer.eos_token_id:
+        return ids
+    return [*ids, tokenizer.eos_token_id]
 
 
 def prompts(source: DataSource, tokenizer) -> Iterator[torch.Tensor]:

@@ -42,7 +42,7 @@ from linearize.convert.finetune import tune
 from linearize.convert.measures import Measure, make_measures, position_limit
 from linearize.convert.models import WEIGHTS, load_weights, softmax_model, stages_of, with_adapters
 from linearize.convert.progress import TokenProgress
-from linearize.hub.measured import TEACHER, TUNED_TEACHER
+from linearize.hub.measured import FIRST, TEACHER, TUNED_TEACHER
 from linearize.layers.attention import BRANCHES
 from linearize.layers.config import PRESETS, LinearAttentionConfig, window_alone
 from linearize.layers.seam import install
@@ -58,9 +58,7 @@ ABLATIONS = {
     "conv off": BRANCHES - {"conv"},
 }
 # What shows cheaply what a branch is good for.
-ABLATED = ("text", "copying", "embedding", "classes", "answers")
-# Measures whose sizes are told with the tokens that they take.
-WHOLE = ("text", "embedding", "classes", "answers")
+ABLATED = (*FIRST, "copying")
 # (group, model) as in the results -> what is measured on it.
 Schedule = dict[tuple[str, str], list[Measure]]
 
@@ -95,7 +93,7 @@ def measure_all(
     results = {"tokens": {}, "models": {}, "ablations": {}}
     for (group, name), measures in schedule.items():
         results[group][name] = {}
-        whole = [measure for measure in measures if measure.name in WHOLE]
+        whole = [measure for measure in measures if measure.name in FIRST]
         results["tokens"] |= {measure.size: measure.tokens for measure in whole}
     if path is not None and path.is_file():
         results = json.loads(path.read_text("utf-8"))
@@ -198,18 +196,20 @@ def _models(context: Context) -> Iterator[tuple[tuple[str, str], nn.Module]]:
 
 def run(context: Context) -> Artifact:
     recipe = context.recipe
+
+    def stream() -> Tensor:
+        return token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
+
     # The plan has refused what the model's positions do not allow.
-    if not recipe.data.has_examples:
-        stream = token_stream("data.heldout", recipe.data.heldout, context.tokenizer, recipe.evaluate.tokens)
     if recipe.data.has_examples:
         measures = example_measures(context)
     elif recipe.model.head == "encoder":
         # Of each length once: the texts that models share are the same tensor.
         teacher = cache(lambda rows: embed(softmax_model(context).to(context.device), rows))
-        measures = encoder_measures(recipe.evaluate, stream, edges(context.tokenizer), None, teacher)
+        measures = encoder_measures(recipe.evaluate, stream(), edges(context.tokenizer), None, teacher)
     else:
         config = recipe.attention and recipe.attention.config
-        measures = make_measures(recipe.evaluate, stream, context.tokenizer, config)
+        measures = make_measures(recipe.evaluate, stream(), context.tokenizer, config)
     if recipe.evaluate.tuned_teacher:
         train_tuned_teacher(context)
     directory = context.stage_directory("evaluate")

@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 
 from linearize.convert import sources
 from linearize.convert.batches import draws
-from linearize.convert.data import problems_named, rows, turns
-from linearize.recipes.schema import DataSection, DataSource, Recipe
+from linearize.convert.data import ended, problems_named, rows, turns
+from linearize.recipes.corpora import DataSection, DataSource
+from linearize.recipes.schema import Recipe
 from linearize.recipes.training import Training
 
 # Batches are padded to a multiple of so many tokens.
@@ -67,13 +68,6 @@ def class_names(recipe: Recipe) -> list[str] | None:
     return sorted(names)
 
 
-def ended(ids: list[int], tokenizer) -> list[int]:
-    """With the tokenizer's eos token behind them, where it has one."""
-    if tokenizer.eos_token_id is None or ids and ids[-1] == tokenizer.eos_token_id:
-        return ids
-    return [*ids, tokenizer.eos_token_id]
-
-
 def text_ids(first: str, second: str | None, tokenizer, length: int) -> list[int]:
     """Token ids of a text, or of two, cut to `length`: as the tokenizer puts them together, or, where it puts nothing
     around them, each with its eos token behind it."""
@@ -103,11 +97,11 @@ def examples(
     empty = True
     for row in rows(source, seed):
         texts = [row[name] for name in (source.field, source.second, source.target) if name is not None]
-        if not texts[0]:
-            continue
         for text in texts:
             if not isinstance(text, str):
                 raise ValueError(f"{source.source} holds {type(text).__name__} where texts are looked for")
+        if not texts[0].strip():
+            continue
         empty = False
         second = None if source.second is None else row[source.second]
         ids = text_ids(row[source.field], second, tokenizer, length)

@@ -53,7 +53,7 @@ class LabelsAndDistillation:
         weights = label_weights(labels)
         # The wrapper of a distributed launch has no adapters to switch off.
         unwrapped = getattr(model, "module", model)
-        teacher = self._teacher_logits(unwrapped, inputs) if self.section.distill else None
+        teacher = self._teacher_logits(unwrapped, inputs).view(*labels.shape, -1) if self.section.distill else None
         if self.section.chunk is None:
             return self._weighted(model(**inputs).logits.view(*labels.shape, -1), teacher, labels, weights)
 
@@ -87,8 +87,7 @@ class LabelsAndDistillation:
 
     def _teacher_logits(self, model, inputs):
         with softmax_self(model, inputs["input_ids"].device, self.section.bf16) as teacher:
-            logits = teacher(**inputs).logits
-            return logits if logits.dim() == 3 else logits[:, None]
+            return teacher(**inputs).logits
 
 
 class HiddenStates:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedConfig
 
-from linearize.convert.examples import ended, with_answers
+from linearize.convert.data import ended
+from linearize.convert.examples import with_answers
 from linearize.convert.sources import SENTINEL, SENTINELS
 from linearize.recipes.model import Head
 

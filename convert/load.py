@@ -14,29 +14,33 @@ def run(context: Context) -> Artifact:
     directory = context.stage_directory("load")
     tokenizer = sources.tokenizer_of(recipe)
     tokenizer.save_pretrained(directory / "tokenizer")
-    labels = class_names(context.recipe)
-    told = {} if labels is None else {"labels": labels}
+    labels, source = class_names(context.recipe), None
     if recipe.config is not None:
         config = sources.new_config(recipe, tokenizer)
-        if recipe.head in LEARNED:
-            sources.fit_to_examples(config, tokenizer, labels)
-        sources.new_model(config, context.recipe.seed, recipe.head).save_pretrained(directory / "model")
-        return Artifact(directory, {"source": None, "revision": None, "card": {}, **told})
-    source = sources.locate(recipe.source, recipe.revision)
-    if recipe.head in LEARNED:
+    else:
+        source = sources.locate(recipe.source, recipe.revision)
         config = sources.load_config(source)
-        told |= {"new_classifier": sources.trained_classes(config) is None} if labels else {}
+    told = {} if labels is None else {"labels": labels}
+    if labels is not None and source is not None:
+        told["new_classifier"] = sources.trained_classes(config) is None
+    # A branch on the Hub moves; what is converted is the commit that it pointed to.
+    revision = getattr(config, "_commit_hash", None) or recipe.revision
+    learns = recipe.head in LEARNED
+    if learns:
         sources.fit_to_examples(config, tokenizer, labels)
-        # Of weights that are not there yet.
-        torch.manual_seed(context.recipe.seed)
+    # Of weights that are not there yet.
+    torch.manual_seed(context.recipe.seed)
+    model = None
+    if source is None:
+        model = sources.new_model(config, recipe.head)
+    elif learns:
         model = sources.load_model(source, recipe.dtype, recipe.head, config=config)
-        if config.is_encoder_decoder and model.can_generate():
+    elif source.gguf:
+        model = sources.load_model(source, recipe.dtype, recipe.head)
+    if model is not None:
+        if learns and config.is_encoder_decoder and model.can_generate():
             # What `generate` reads, which does not come with the configuration.
             model.generation_config.decoder_start_token_id = config.decoder_start_token_id
         model.save_pretrained(directory / "model")
-    elif source.gguf:
-        sources.load_model(source, recipe.dtype, recipe.head).save_pretrained(directory / "model")
-    # A branch on the Hub moves; what is converted is the commit that it pointed to.
-    commit = getattr(sources.load_config(source), "_commit_hash", None)
-    metrics = {"source": recipe.source, "revision": commit or recipe.revision, "card": sources.base_card(source)}
-    return Artifact(directory, metrics | told)
+    card = {} if source is None else sources.base_card(source)
+    return Artifact(directory, {"source": recipe.source, "revision": revision, "card": card, **told})

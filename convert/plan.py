@@ -104,7 +104,7 @@ def _make_plan(recipe: Recipe) -> Plan:
     else:
         source = sources.locate(recipe.model.source, recipe.model.revision)
         config = sources.load_config(source)
-    if names := class_names(recipe):
+    if (names := class_names(recipe)) is not None:
         config.id2label = dict(enumerate(names))
     model = _empty_model(recipe, config)
     text = config.get_text_config(decoder=True)
@@ -121,7 +121,7 @@ def _make_plan(recipe: Recipe) -> Plan:
         check_tokenizer(tokenizer, text.vocab_size)
     except ValueError as error:
         raise ValueError(f"model.tokenizer: {error}") from error
-    _check_data(recipe, tokenizer, model)
+    _check_data(recipe, tokenizer, model, None if names is None else Labels(names))
 
     for field, wanted in (
         ("finetune.deepspeed", recipe.finetune and recipe.finetune.deepspeed),
@@ -225,7 +225,7 @@ def _check_layers(section: TransferSection, layers: Collection[int]) -> None:
         raise ValueError(f"transfer.layers: every layer stops by step {last}, so {section.steps} steps are too many")
 
 
-def _check_data(recipe: Recipe, tokenizer, model) -> None:
+def _check_data(recipe: Recipe, tokenizer, model, labels: Labels | None) -> None:
     """Training and calibration stay within the positions that the model knows, to which finetuning may add, measures
     within those that it can read (`measures.position_limit`)."""
     config = model.config.get_text_config(decoder=True)
@@ -274,8 +274,7 @@ def _check_data(recipe: Recipe, tokenizer, model) -> None:
         if not lengths:
             continue
         if recipe.data.has_examples:
-            names = class_names(recipe)
-            read_examples(f"data.{data}", recipe.data, tokenizer, max(lengths), names and Labels(names), len(sources))
+            read_examples(f"data.{data}", recipe.data, tokenizer, max(lengths), labels, len(sources))
             continue
         with problems_named(f"data.{data}", sources):
             for source in sources:

@@ -141,9 +141,8 @@ def fit_to_examples(config: PreTrainedConfig, tokenizer, labels: list[str] | Non
         config.use_cache = False
 
 
-def new_model(config: PreTrainedConfig, seed: int, head: Head) -> PreTrainedModel:
+def new_model(config: PreTrainedConfig, head: Head) -> PreTrainedModel:
     """A model with random weights, in fp32."""
-    torch.manual_seed(seed)
     return AUTO_CLASSES[head].from_config(config, dtype=torch.float32).eval()
 
 

@@ -250,7 +250,7 @@ def _batches(
     context: Context, model: nn.Module, section: Training, documents: Sequence[Iterable[Tensor]] | None
 ) -> Dataset:
     recipe = context.recipe
-    if recipe.data.has_examples and documents is None:
+    if recipe.data.has_examples:
         count = section.steps * section.batch_size
         some = read_examples(
             "data.train", recipe.data, context.tokenizer, section.length, context.labels, count, recipe.seed

@@ -11,7 +11,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from linearize.hub.measured import converted
-from linearize.recipes.schema import FILE_SUFFIXES, DataSource, Recipe
+from linearize.recipes.corpora import FILE_SUFFIXES, DataSource
+from linearize.recipes.schema import Recipe
 
 HUB = "https://huggingface.co"
 LINEAR = "linear-attention"

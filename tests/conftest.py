@@ -32,7 +32,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from linearize.recipes.schema import BUILTIN_DATA
+from linearize.recipes.corpora import BUILTIN_DATA
 
 from .hub_server import Hub
 from .ranks import Ranks

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from linearize.convert.context import StageError
 from linearize.convert.data import Documents, PackedDataset, check_tokenizer, documents, pack, token_stream
-from linearize.recipes.schema import DataSource
+from linearize.recipes.corpora import DataSource
 
 WORDS = ["<unk>", "<eos>", "<bos>", "user", "assistant", "system", "a", "b", "c"]
 UNK, EOS, BOS, USER, ASSISTANT, SYSTEM, A, B, C = range(9)

@@ -24,10 +24,11 @@ from transformers import (
     pipeline,
 )
 
-from linearize.convert.examples import Labels, collated, ended, read_examples, text_ids
+from linearize.convert.data import ended
+from linearize.convert.examples import Labels, collated, read_examples, text_ids
 from linearize.convert.hiding import HiddenSpans
 from linearize.convert.sources import SENTINEL
-from linearize.recipes.schema import DataSection, DataSource
+from linearize.recipes.corpora import DataSection, DataSource
 
 from .runs import TWO_PROCESSES, assert_same_training, converted, results, state
 from .test_scratch import interrupt
@@ -240,6 +241,8 @@ def test_an_encoder_decoder_from_scratch_fills_in_what_is_hidden(linearize, reci
     exported = tmp_path / "run" / "export" / "model"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     assert tokenizer.convert_tokens_to_ids(SENTINEL.format(99)) == 243 + 100 < model.config.vocab_size
+    # By itself, without being told what answers begin with.
+    assert model.generate(input_ids=torch.tensor([[5, 6, 1]]), max_new_tokens=4).shape[1] >= 2
 
     path = recipe_of("t5", ANSWERS, model={"source": str(exported)}, evaluate=None, finetune=None, data=running)
     converted(linearize, path, "--out", tmp_path / "linear")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from linearize.convert import probes
 from linearize.convert.data import token_stream
-from linearize.recipes.schema import DataSource
+from linearize.recipes.corpora import DataSource
 
 
 @pytest.fixture(scope="module")
